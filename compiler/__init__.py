@@ -1,0 +1,1 @@
+"""The compiler: graph, passes, schedule, scheduler, bounds, cost model."""

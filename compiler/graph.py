@@ -1,0 +1,224 @@
+"""The graph: a plan as structured regions, with contexts threaded as single-use values.
+
+    graph  = Graph(PlanGraph+)
+    plan   = PlanGraph(name, params, options, region)
+    region = Region(entry: ctx, node*, exit: ctx)
+    node   = Write(ctx -> ctx, role, value)
+           | Decode(ctx -> ctx, prompt?, GenSpec)
+           | Fork(ctx -> ctx, arm+, JoinSpec, Limits)         width known at compile time, or an expression under `upto`
+           | Map(ctx -> ctx, over, region, JoinSpec, Limits)
+           | Reduce(ctx -> ctx, over, by, region, Limits)
+           | Loop(ctx -> ctx, rounds, region, until?)
+           | Cond(ctx -> ctx, cond, region, region?)
+           | Call(ctx -> ctx, plan, arg*, Limits)
+           | Expand(ctx -> ctx, prompt?)
+           | Let(name, value) | Need(cond) | Return(value)
+    arm    = Arm(label?, prompt?, region, multiplicity, Limits)
+
+A context is produced once and used once, except that a `Fork`, `Map`, `Reduce` or `Call` hands its own to every
+branch. Identical branches are one arm with a multiplicity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from anabranch.dsl.ast import Expr
+from anabranch.dsl.diagnostics import NOWHERE, Span
+from anabranch.dsl.spec import GenSpec, JoinSpec, Limits
+
+Ctx: TypeAlias = int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Known tokens. `hold_space`: the next node is a `Decode` without a prompt, so one trailing space is held back."""
+
+    src: Ctx
+    dst: Ctx
+    site: str
+    role: Literal["text", "user", "system", "assistant"]
+    value: Expr
+    hold_space: bool = False
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A `gen`: its prompt (if any) is prefilled, then at most `spec.max_tokens` tokens are drawn."""
+
+    src: Ctx
+    dst: Ctx
+    site: str
+    name: str | None
+    prompt: Expr | None
+    spec: GenSpec
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """`multiplicity` equal branches. Branch indices run over the arms of a fork in order."""
+
+    region: Region
+    multiplicity: int = 1
+    label: str | None = None
+    prompt: Expr | None = None
+    limits: Limits = field(default_factory=Limits)
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """`width`: None where the arms' multiplicities say it; else an int expression, at most the sole arm's multiplicity."""
+
+    src: Ctx
+    dst: Ctx
+    site: str
+    name: str | None
+    index: str | None
+    width: Expr | None
+    arms: tuple[Arm, ...]
+    join: JoinSpec
+    limits: Limits
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """One branch per item of `over`, of which there are at most `most` (from a type's bound or `upto`)."""
+
+    src: Ctx
+    dst: Ctx
+    site: str
+    name: str | None
+    index: str | None
+    item: str
+    over: Expr
+    most: int
+    region: Region
+    join: JoinSpec
+    limits: Limits
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Groups of `by` items, level by level, until one value is left. A group of one passes through undecoded."""
+
+    src: Ctx
+    dst: Ctx
+    site: str
+    name: str | None
+    item: str
+    over: Expr
+    most: int
+    by: int
+    region: Region
+    limits: Limits
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """`region` runs at most `rounds` times, until `until` holds after a round. `carried`: outer names it rebinds."""
+
+    src: Ctx
+    dst: Ctx
+    site: str
+    rounds: int
+    region: Region
+    until: Expr | None
+    carried: tuple[str, ...] = ()
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Cond:
+    src: Ctx
+    dst: Ctx
+    site: str
+    cond: Expr
+    then: Region
+    orelse: Region | None
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Another plan as a fork of one with `drop`. `depth`: how deep self-calls may nest (0: the callee is another plan)."""
+
+    src: Ctx
+    dst: Ctx
+    site: str
+    name: str | None
+    plan: str
+    args: tuple[tuple[str, Expr], ...]
+    limits: Limits
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Expand:
+    src: Ctx
+    dst: Ctx
+    site: str
+    name: str | None
+    prompt: Expr | None
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Let:
+    site: str
+    name: str
+    value: Expr
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    site: str
+    cond: Expr
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    site: str
+    value: Expr
+    span: Span = NOWHERE
+
+
+Node: TypeAlias = (
+    Write | Decode | Fork | Map | Reduce | Loop | Cond | Call | Expand | Let | Need | Return
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    entry: Ctx
+    nodes: tuple[Node, ...]
+    exit: Ctx
+
+
+@dataclass(frozen=True, slots=True)
+class PlanGraph:
+    """`limits.budget` is the plan's budget; `depth` the self-calls it permits (0 for none)."""
+
+    name: str
+    params: tuple[str, ...]
+    region: Region
+    limits: Limits = field(default_factory=Limits)
+    depth: int = 0
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Every plan that `main` can reach, `main` included."""
+
+    main: str
+    plans: Mapping[str, PlanGraph]

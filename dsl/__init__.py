@@ -1,0 +1,1 @@
+"""The language: grammar, AST, parser, checks, printer, diagnostics."""

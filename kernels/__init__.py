@@ -1,0 +1,1 @@
+"""Tensor operations, each defined in plain torch."""

@@ -1,0 +1,1 @@
+"""The runtime: engine, page pool, model, sampling, constrained decoding, reference."""

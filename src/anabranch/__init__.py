@@ -1,0 +1,1 @@
+"""Anabranch: a language, a compiler and a runtime for adaptive parallel reasoning."""
