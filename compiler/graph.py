@@ -60,12 +60,16 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """`multiplicity` equal branches. Branch indices run over the arms of a fork in order."""
+    """`multiplicity` equal branches. Branch indices run over the arms of a fork in order.
+
+    hold_space: the branch goes on with a `Decode` without a prompt, so one trailing space of `prompt` is held back
+    """
 
     region: Region
     multiplicity: int = 1
     label: str | None = None
     prompt: Expr | None = None
+    hold_space: bool = False
     limits: Limits = field(default_factory=Limits)
     span: Span = NOWHERE
 
@@ -197,6 +201,15 @@ Node: TypeAlias = (
 )
 
 
+def after(node: Node, ctx: Ctx) -> Ctx:
+    """The context after `node`, which stands where the context is `ctx`."""
+    match node:
+        case Let() | Need() | Return():
+            return ctx
+        case _:
+            return node.dst
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     entry: Ctx
@@ -206,11 +219,15 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class PlanGraph:
-    """`limits.budget` is the plan's budget; `depth` the self-calls it permits (0 for none)."""
+    """`limits.budget` is the plan's budget; `depth` the self-calls it permits (0 for none).
+
+    bounds: of each parameter, what it states about itself (`text(2000)`, `list(16)`, `int`), or None
+    """
 
     name: str
     params: tuple[str, ...]
     region: Region
+    bounds: tuple[Expr | None, ...] = ()
     limits: Limits = field(default_factory=Limits)
     depth: int = 0
     span: Span = NOWHERE
