@@ -76,7 +76,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """`width`: None where the arms' multiplicities say it; else an int expression, at most the sole arm's multiplicity."""
+    """`width`: None where the arms say it; else an int expression, at most the sole arm's multiplicity."""
 
     src: Ctx
     dst: Ctx
@@ -152,7 +152,7 @@ class Cond:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Another plan as a fork of one with `drop`. `depth`: how deep self-calls may nest (0: the callee is another plan)."""
+    """Another plan of the graph (or this one again), as a fork of one with `drop`."""
 
     src: Ctx
     dst: Ctx
@@ -196,9 +196,7 @@ class Return:
     span: Span = NOWHERE
 
 
-Node: TypeAlias = (
-    Write | Decode | Fork | Map | Reduce | Loop | Cond | Call | Expand | Let | Need | Return
-)
+Node: TypeAlias = Write | Decode | Fork | Map | Reduce | Loop | Cond | Call | Expand | Let | Need | Return
 
 
 def after(node: Node, ctx: Ctx) -> Ctx:
