@@ -21,7 +21,7 @@ branch. Identical branches are one arm with a multiplicity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -237,3 +237,60 @@ class Graph:
 
     main: str
     plans: Mapping[str, PlanGraph]
+
+
+def regions(node: Node) -> tuple[Region, ...]:
+    """The regions inside a node, in order of the text."""
+    match node:
+        case Fork(arms=arms):
+            return tuple(arm.region for arm in arms)
+        case Map(region=region) | Reduce(region=region) | Loop(region=region):
+            return (region,)
+        case Cond(then=then, orelse=None):
+            return (then,)
+        case Cond(then=then, orelse=Region() as orelse):
+            return (then, orelse)
+        case _:
+            return ()
+
+
+def walk(region: Region) -> Iterator[tuple[Region, int]]:
+    """Every node of a region and of those inside it, as (region, place)."""
+    stack = [region]
+    while stack:
+        current = stack.pop()
+        for place, node in enumerate(current.nodes):
+            yield current, place
+            stack.extend(regions(node))
+
+
+def callees_first(graph: Graph) -> list[str]:
+    """The plans of `graph`, each after those that it calls. Raises ValueError if plans call each other in a circle,
+    or one calls itself that permits no depth."""
+    calls: dict[str, list[str]] = {}
+    for name, plan in graph.plans.items():
+        called = dict.fromkeys(
+            node.plan for region, place in walk(plan.region) if isinstance(node := region.nodes[place], Call)
+        )
+        if name in called and plan.depth < 1:
+            raise ValueError(f"`{name}` calls itself and permits no depth")
+        calls[name] = [other for other in called if other != name and other in graph.plans]
+    order: list[str] = []
+    state: dict[str, Literal["open", "done"]] = {}
+    for start in graph.plans:
+        stack = [start]
+        while stack:
+            name = stack[-1]
+            if state.get(name) is None:
+                state[name] = "open"
+                for other in reversed(calls[name]):
+                    if state.get(other) == "open":
+                        raise ValueError(f"`{name}` and `{other}` call each other")
+                    if other not in state:
+                        stack.append(other)
+            else:
+                stack.pop()
+                if state[name] == "open":
+                    state[name] = "done"
+                    order.append(name)
+    return order
