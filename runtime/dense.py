@@ -157,7 +157,7 @@ def _blend_yarn(rope: RopeConfig, base: Tensor, head_dim: int) -> Tensor:
     first, last = pair_with_turns(rope.beta_fast), pair_with_turns(rope.beta_slow)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
-    # The published code clamps to head_dim - 1 although there are head_dim / 2 pairs, and keeps the ramp from being empty.
+    # The published code clamps to head_dim - 1, not to the number of pairs, and keeps the ramp from being empty.
     first, last = max(first, 0), min(last, head_dim - 1)
     if first == last:
         last += 0.001

@@ -1,9 +1,9 @@
 """A run as one list of tokens, each with a position, and each segment with the view that its tokens have.
 
-    layout  = Layout(Token*, Segment*, Draw*)
-    segment = Segment(path, view: (segment, shift)*)       its tokens see the view, and one another causally
-    token   = Token(id, position, segment)
-    draw    = Draw(path, index, after, token)              drawn from the logits of the token `after`
+layout  = Layout(Token*, Segment*, Draw*, Claim*)
+segment = Segment(path, view: (segment, shift)*)       its tokens see the view, and one another causally
+token   = Token(id, position, segment)
+draw    = Draw(path, index, after, token)              drawn from the logits of the token `after`
 """
 
 from __future__ import annotations
@@ -56,13 +56,35 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """What only the model can tell: that the candidates `chosen` score best.
+
+    what: `best(logprob)` of a join, or the site of a gen that scores its choices
+    candidates: by index, the tokens of each, as (after, token id): its score is their log-probability
+    mean: the score is the mean of them, else the sum
+    """
+
+    path: Path
+    what: str
+    candidates: Mapping[int, tuple[tuple[int, int], ...]]
+    chosen: tuple[int, ...]
+    mean: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """A run, laid out. `value`, `status`: what the plan's own thread came to."""
+    """A run, laid out.
+
+    draws: by (path of the thread, index)
+    logprobs: those that the events report, with the draw they belong to
+    status, value: what the plan's own thread came to
+    """
 
     tokens: tuple[Token, ...]
     segments: tuple[Segment, ...]
     draws: Mapping[tuple[Path, int], Draw]
-    logprobs: tuple[tuple[int, int, float], ...]
+    logprobs: tuple[tuple[Draw, float], ...]
+    claims: tuple[Claim, ...]
     status: Status
     value: Value
 
@@ -89,7 +111,8 @@ class LayoutBuilder:
     def __init__(self) -> None:
         self.tokens: list[Token] = []
         self.draws: dict[tuple[Path, int], Draw] = {}
-        self.logprobs: list[tuple[int, int, float]] = []
+        self.logprobs: list[tuple[Draw, float]] = []
+        self.claims: list[Claim] = []
         self._segments: list[tuple[Path, tuple[tuple[int, int], ...], list[int]]] = []
 
     def open(self, path: Path, view: tuple[tuple[int, int], ...]) -> int:
@@ -105,4 +128,6 @@ class LayoutBuilder:
 
     def finish(self, status: Status, value: Value) -> Layout:
         segments = tuple(Segment(path, view, tuple(tokens)) for path, view, tokens in self._segments)
-        return Layout(tuple(self.tokens), segments, dict(self.draws), tuple(self.logprobs), status, value)
+        return Layout(
+            tuple(self.tokens), segments, dict(self.draws), tuple(self.logprobs), tuple(self.claims), status, value
+        )

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar, assert_never
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, TypeVar, assert_never
 
 import torch
 from torch import Tensor
 
 from anabranch.dsl import ast, options, values
 from anabranch.dsl.sites import arm_prefix, sites
-from anabranch.dsl.spec import GenSpec, JoinSpec, Limits, Value
+from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
+from anabranch.runtime.chat import Chat, Role
 from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.dense import dense_forward
 from anabranch.runtime.events import (
@@ -32,11 +33,13 @@ from anabranch.runtime.events import (
     Path,
     RunEnded,
     Status,
+    TextDelta,
 )
-from anabranch.runtime.layout import Draw, Layout, LayoutBuilder
-from anabranch.runtime.verdict import Branch, Undecided, decide
+from anabranch.runtime.layout import Claim, Draw, Layout, LayoutBuilder
+from anabranch.runtime.tokenizer import Piece, Tokenizer
+from anabranch.runtime.verdict import Branch, Undecided, Verdict, decide
 
-E_ = TypeVar("E_", GenEnded, HostCalled, Joined)
+AwaitedEvent = TypeVar("AwaitedEvent", GenEnded, HostCalled, Joined)
 
 
 class ReferenceMismatch(Exception):
@@ -140,7 +143,22 @@ def check_run(
             raise ReferenceMismatch(
                 draw.path, f"the log-probability of draw {draw.index} is {logprob!r}, the reference has {expected!r}"
             )
+    for claim in layout.claims:
+        _check_claim(claim, scores, tolerance)
     return Report(layout, len(rows), len(layout.logprobs), worst, worst_at)
+
+
+def _check_claim(claim: Claim, scores: Tensor, tolerance: float) -> None:
+    """scores: [num_tokens, vocab], log-probabilities after each token."""
+    totals = {}
+    for index, candidate in claim.candidates.items():
+        total = sum(float(scores[after, token]) for after, token in candidate)
+        totals[index] = total / len(candidate) if claim.mean else total
+    best = max(totals.values())
+    if not any(totals[index] >= best - tolerance for index in claim.chosen):
+        raise ReferenceMismatch(
+            claim.path, f"{claim.what} chose {claim.chosen}, the log-probabilities of the reference are {totals}"
+        )
 
 
 def _continues(stmt: ast.Stmt | None) -> bool:
@@ -154,11 +172,12 @@ def _without_last_character(pieces: Sequence[Piece]) -> list[Piece]:
     return [*kept, (text[:-1], is_literal)]
 
 
-# --- one run
-
-
 class _Failed(Exception):
     """The thread fails here: a false `need`, a value that cannot be had, a join that cannot be met."""
+
+
+class _Unmet(Exception):
+    """A join cannot be met: its fallback's turn."""
 
 
 class _CutOff(Exception):
@@ -178,22 +197,25 @@ class _Thread:
     path: as in `BranchStarted`; rounds: the loops it is inside, in events' paths
     view: what it sees besides its open segment; the first `inherited` entries were its parent's
     position: of its next token
-    turn_open: whether the assistant's turn is open
+    role: None before any turn of a chat, "between" turns, or "assistant" while that turn is open
     last: the token whose logits the next draw reads
+    num_drawn: tokens drawn in it; num_decoded: those of its branches included
+    draws: (after, token id) of each token drawn in it that is known
     """
 
     path: Path
     view: list[tuple[int, int]]
     inherited: int
     position: int
-    turn_open: bool
+    role: Literal["between", "assistant"] | None
     last: int | None
     rounds: Path = ()
     segment: int | None = None
     space_held: bool = False
     num_drawn: int = 0
+    num_decoded: int = 0
     text: list[str] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    draws: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def at(self) -> Path:
@@ -203,14 +225,19 @@ class _Thread:
 
 @dataclass(frozen=True, slots=True)
 class _Arm:
-    """A branch as written. names: what it binds at its start; alone: it sees no name of the parent."""
+    """A branch as written.
 
-    index: int
+    key: its number in the path of its thread
+    names: what it binds at its start
+    alone: it sees no name of the parent
+    """
+
+    key: int
     label: str | None
     prompt: ast.Expr | None
     body: ast.Block
     names: Mapping[str, Value]
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     alone: bool = False
 
 
@@ -288,7 +315,9 @@ class _Run:
         for name, left in (("gen", self.gens), ("host call", self.calls), ("join", self.joins)):
             for path, queue in left.items():
                 if queue:
-                    raise ReferenceMismatch(path, f"the events hold a {name} that the plan does not come to: {queue[0]}")
+                    raise ReferenceMismatch(
+                        path, f"the events hold a {name} that the plan does not come to: {queue[0]}"
+                    )
         return self.build.finish(outcome.status, outcome.value)
 
     # --- threads
@@ -297,8 +326,8 @@ class _Run:
         """A thread that sees what `parent` does, or nothing but a start token."""
         if parent is not None:
             view = list(parent.view)
-            return _Thread(path, view, len(view), parent.position, parent.turn_open, parent.last)
-        thread = _Thread(path, [], 0, 0, False, None)
+            return _Thread(path, view, len(view), parent.position, parent.role, parent.last)
+        thread = _Thread(path, [], 0, 0, None, None)
         if self.tokenizer.bos_id is not None:
             self._feed(thread, self.tokenizer.bos_id)
         return thread
@@ -358,7 +387,7 @@ class _Run:
             thread.view.append((thread.segment, 0))
             thread.segment = None
 
-    def _next(self, queues: Mapping[Path, deque[E_]], thread: _Thread, what: str) -> E_:
+    def _next(self, queues: Mapping[Path, deque[AwaitedEvent]], thread: _Thread, what: str) -> AwaitedEvent:
         queue = queues.get(thread.at)
         if not queue:
             raise _CutOff(f"the events hold no {what} at {' / '.join(thread.at)}")
@@ -383,10 +412,11 @@ class _Run:
         scope: Scope,
     ) -> None:
         match stmt:
-            case ast.Write(role="text"):
-                self._say(thread, self._pieces(thread, stmt.value, scope), hold_space=_continues(following))
             case ast.Write():
-                self._write_turn(thread, stmt.role,  self._pieces(thread, stmt.value, scope))
+                if stmt.role == "text":
+                    self._say(thread, self._pieces(thread, stmt.value, scope), hold_space=_continues(following))
+                else:
+                    self._write_turn(thread, stmt.role, self._pieces(thread, stmt.value, scope))
             case ast.Gen():
                 self._gen(thread, stmt, options.gen_spec(stmt, plan), site, scope)
             case ast.Fork():
@@ -413,7 +443,11 @@ class _Run:
                 value = self._fork(thread, plan, site, arms, options.join_spec(stmt.join), limits, scope)
                 self._bind(scope, stmt.name, value)
             case ast.Reduce():
-                self._bind(scope, stmt.name, self._reduce(thread, plan, stmt, site, scope))
+                limits = options.limits(stmt.options, kind="reduce")
+                value = self._or_fallback(
+                    thread, limits, scope, lambda: self._reduce(thread, plan, stmt, site, limits, scope)
+                )
+                self._bind(scope, stmt.name, value)
             case ast.Loop():
                 self._loop(thread, plan, stmt, site, scope)
             case ast.If():
@@ -434,6 +468,31 @@ class _Run:
                 raise ValueError("the reference does not lay out `expand`")
             case _:
                 assert_never(stmt)
+
+    def _value(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> Value:
+        def call(function: str, args: list[Value]) -> Value:
+            event = self._next(self.calls, thread, f"call of `{function}`")
+            self._same(thread.at, "the function that was called", event.function, function)
+            if event.error:
+                raise _Failed(event.error)
+            return event.value
+
+        try:
+            return values.evaluate(expr, scope, call)
+        except values.EvaluationError as error:
+            raise _Failed(str(error)) from None
+
+    def _integer(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> int:
+        value = self._value(thread, expr, scope)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise _Failed(f"a fork of {value!r} branches")
+        return value
+
+    def _list(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> list[Value]:
+        value = self._value(thread, expr, scope)
+        if not isinstance(value, list):
+            raise _Failed(f"{value!r} is no list")
+        return value
 
     def _bind(self, scope: Scope, name: str | None, value: Value) -> None:
         if name is not None:
@@ -469,15 +528,16 @@ class _Run:
         thread.text.extend(text for text, _ in pieces)
 
     def _open_turn(self, thread: _Thread) -> None:
-        if not thread.turn_open:
-            self._encode(thread, self.chat.open_assistant(first=self._is_blank(thread)))
-            thread.turn_open = True
+        """After a whole turn, open the assistant's."""
+        if thread.role == "between":
+            self._encode(thread, self.chat.open_assistant(first=False))
+            thread.role = "assistant"
 
     def _write_turn(self, thread: _Thread, role: Role, content: Sequence[Piece]) -> None:
-        """A whole turn, after which no turn is open. Only its content is text of the thread."""
-        first = self._is_blank(thread)
-        self._encode(thread, self.chat.turn(role, content, first=first, open=thread.turn_open))
-        thread.turn_open = False
+        """A whole turn. Only its content is text of the thread."""
+        pieces = self.chat.turn(role, content, first=thread.role is None, open=thread.role == "assistant")
+        self._encode(thread, pieces)
+        thread.role = "between"
         thread.text.extend(text for text, _ in content)
 
     def _is_blank(self, thread: _Thread) -> bool:
@@ -496,12 +556,21 @@ class _Run:
         else:
             self._say(thread, self._pieces(thread, stmt.prompt, scope), hold_space=True)
         held, thread.space_held = thread.space_held, False
+        if spec.recorded is None:
+            self._evaluate_sampling(thread, spec, scope)
+        else:
+            self._value(thread, spec.recorded, scope)
+            recorded = self.ended.get(thread.path)
+            if not self.gens.get(thread.at) and recorded is not None and recorded.status == "failed":
+                # Text that doesn't fit the type fails the branch before the gen begins.
+                raise _Failed(recorded.reason)
         event = self._next(self.gens, thread, "gen")
         self._same(thread.at, "the gen's place", event.site, site)
         if event.drawn > spec.max_tokens:
             raise ReferenceMismatch(thread.at, f"`{site}` drew {event.drawn} tokens of at most {spec.max_tokens}")
+        if isinstance(spec.type, ChoiceType) and spec.type.by == "logprob" and event.end == "complete":
+            self._lay_choices(thread, spec.type, event, held)
         self._lay_tokens(thread, event)
-        thread.logprobs.extend(event.logprobs)
         thread.text.append(self._context_text(event, held))
         match event.end:
             case "failed":
@@ -513,6 +582,18 @@ class _Run:
             case _:
                 assert_never(event.end)
 
+    def _evaluate_sampling(self, thread: _Thread, spec: GenSpec, scope: Scope) -> None:
+        """The options that may fail, or call a function of the caller; what they are does not matter here."""
+        if isinstance(spec.type, ChoiceType) and spec.type.by == "logprob":
+            return
+        if spec.seed is not None:
+            self._value(thread, spec.seed, scope)
+        for name in SAMPLING:
+            if name in spec.sampling:
+                value = self._value(thread, spec.sampling[name], scope)
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise _Failed(f"`{name}` is {value!r}, no number")
+
     def _lay_tokens(self, thread: _Thread, event: GenEnded) -> None:
         """The tokens that the gen left in the context, and beside them those that it drew and trimmed again.
 
@@ -522,6 +603,7 @@ class _Run:
         """
         first = thread.num_drawn
         thread.num_drawn += event.drawn
+        thread.num_decoded += event.drawn
         ids = event.ids
         kept = 0
         while kept < event.drawn:
@@ -551,10 +633,32 @@ class _Run:
             self._draw(thread, index + 1, after, self.drawn.get((thread.path, index + 1)))
             position += 1
 
+    def _lay_choices(self, thread: _Thread, choice: ChoiceType, event: GenEnded, held: bool) -> None:
+        """Every option, in a segment of its own that nothing else sees: the one that was taken must score best."""
+        if thread.last is None:
+            raise ReferenceMismatch(thread.at, f"`{event.site}` has nothing to continue")
+        self._seal(thread)
+        space = " " if held else ""
+        candidates: dict[int, tuple[tuple[int, int], ...]] = {}
+        for index, option in enumerate(choice.options):
+            beside = self.build.open(thread.path, tuple(thread.view))
+            after = thread.last
+            scored = []
+            for offset, token_id in enumerate(self.tokenizer.encode([(space + option, False)])):
+                scored.append((after, token_id))
+                after = self.build.append(beside, token_id, thread.position + offset)
+            candidates[index] = tuple(scored)
+        chosen = choice.options.index(event.value) if event.value in choice.options else -1
+        ids = tuple(token_id for _, token_id in candidates.get(chosen, ()))
+        self._same(thread.at, f"what `{event.site}` left in the context", event.ids, ids)
+        self.build.claims.append(Claim(thread.at, f"`{event.site}`", candidates, (chosen,), mean=False))
+
     def _draw(self, thread: _Thread, index: int, after: int | None, token: int | None) -> None:
         if after is None:
             raise ReferenceMismatch(thread.at, f"draw {index} has nothing to continue")
         self.build.draws[thread.path, index] = Draw(thread.path, index, after, token)
+        if token is not None:
+            thread.draws.append((after, token))
 
     def _score(self, thread: _Thread, index: int, logprob: float) -> None:
         self.build.logprobs.append((self.build.draws[thread.path, index], logprob))
@@ -578,21 +682,53 @@ class _Run:
     ) -> Value:
         if limits.upto is not None and len(arms) > limits.upto:
             raise _Failed(f"{len(arms)} branches are more than `upto`")
-        self._open_turn(thread)
+        return self._or_fallback(
+            thread, limits, scope, lambda: self._branch_out(thread, plan, site, arms, join, limits, scope)
+        )
+
+    def _or_fallback(self, thread: _Thread, limits: Limits, scope: Scope, run: Callable[[], Value]) -> Value:
+        """What `run` yields, or the fallback where a join in it is not met."""
+        try:
+            return run()
+        except _Unmet as unmet:
+            if limits.fallback is None:
+                raise _Failed(str(unmet)) from None
+            return self._value(thread, limits.fallback, scope)
+
+    def _branch_out(
+        self,
+        thread: _Thread,
+        plan: ast.PlanDef,
+        site: str,
+        arms: Sequence[_Arm],
+        join: JoinSpec,
+        limits: Limits,
+        scope: Scope,
+    ) -> Value:
+        """Run the branches and read their join. Raises _Unmet."""
+        if not all(limits.fresh or arm.limits.fresh for arm in arms):
+            self._open_turn(thread)
         self._seal(thread)
-        outcomes = [self._branch(thread, plan, site, str(arm.index), arm, limits, scope) for arm in arms]
+        outcomes = [self._branch(thread, plan, site, arm, limits, scope) for arm in arms]
         event = self._next(self.joins, thread, "join")
         self._same(thread.at, "the join's place", event.site, site)
         came_ok = tuple(i for i, outcome in enumerate(outcomes) if outcome.status == "ok")
         self._same(thread.at, f"which branches of `{site}` were ok", event.ok, came_ok)
         ok = [
-            Branch(i, arms[i].label, outcomes[i].value, outcomes[i].names, self._thread_of(outcomes[i]).logprobs)
+            Branch(i, arms[i].label, outcomes[i].value, outcomes[i].names, self._thread_of(outcomes[i]).num_decoded)
             for i in came_ok
         ]
+        thread.num_decoded += sum(outcome.thread.num_decoded for outcome in outcomes if outcome.thread is not None)
         try:
-            verdict = decide(join, ok, len(arms))
+            if join.kind == "best" and join.key == "logprob":
+                verdict = self._best_by_logprob(thread, join, event, ok, outcomes)
+            else:
+                verdict = decide(join, ok, len(arms))
         except Undecided as reason:
-            return self._fall_back(thread, event, limits, scope, str(reason))
+            self._same(thread.at, f"the winners of `{site}`", event.winners, ())
+            if not event.failed:
+                raise ReferenceMismatch(thread.at, f"`{site}` yields {event.value!r}, by the plan {reason}") from None
+            raise _Unmet(f"`{site}`: {reason}") from None
         if event.failed:
             raise ReferenceMismatch(thread.at, f"`{site}` failed ({event.failed}), by the plan it yields {verdict}")
         self._same(thread.at, f"the value of `{site}`", event.value, verdict.value)
@@ -600,8 +736,10 @@ class _Run:
             case "drop":
                 self._same(thread.at, f"the winners of `{site}`", event.winners, ())
             case "text":
-                self._same(thread.at, f"the winners of `{site}`", event.winners, came_ok)
-                text = "".join(part for i in came_ok for part in self._thread_of(outcomes[i]).text)
+                # `first(n)` counts the first n, and those that came later are cancelled; else every ok branch is read.
+                read = verdict.winners if join.kind == "first" else came_ok
+                self._same(thread.at, f"the winners of `{site}`", event.winners, read)
+                text = "".join(part for i in read for part in self._thread_of(outcomes[i]).text)
                 self._say(thread, [(text, False)], hold_space=False)
             case "stitch":
                 self._same(thread.at, f"the winners of `{site}`", event.winners, verdict.winners)
@@ -610,16 +748,41 @@ class _Run:
                 assert_never(join.context)
         return verdict.value
 
+    def _best_by_logprob(
+        self, thread: _Thread, join: JoinSpec, event: Joined, ok: Sequence[Branch], outcomes: Sequence[_Outcome]
+    ) -> Verdict:
+        """Take the recorded winner as a claim that the model's own log-probabilities must bear out.
+
+        Under `drop` the event names no winner, and any branch may be it that returned the value.
+        """
+        drew = {branch.index: self._thread_of(outcomes[branch.index]).draws for branch in ok}
+        drew = {index: draws for index, draws in drew.items() if draws}
+        if not drew:
+            raise Undecided("no ok branch drew a token")
+        if join.context == "stitch":
+            chosen = event.winners
+        else:
+            chosen = tuple(b.index for b in ok if b.index in drew and b.value == event.value)
+        if not chosen or not set(chosen) <= drew.keys() or (join.context == "stitch" and len(chosen) != 1):
+            raise ReferenceMismatch(thread.at, f"`{event.site}` yields {event.value!r}, which no ok branch returned")
+        candidates = {index: tuple(draws) for index, draws in drew.items()}
+        # Without a trace, tokens that were trimmed are not known, and nothing can be said of the mean.
+        if all(len(draws) == self._thread_of(outcomes[index]).num_drawn for index, draws in candidates.items()):
+            what = f"best(logprob) of `{event.site}`"
+            self.build.claims.append(Claim(thread.at, what, candidates, chosen, mean=True))
+        return Verdict(outcomes[chosen[0]].value, chosen)
+
     def _thread_of(self, outcome: _Outcome) -> _Thread:
         if outcome.thread is None:
             raise ValueError("a branch that never began has no thread")
         return outcome.thread
 
     def _branch(
-        self, parent: _Thread, plan: ast.PlanDef, site: str, key: str, arm: _Arm, limits: Limits, scope: Scope
+        self, parent: _Thread, plan: ast.PlanDef, site: str, arm: _Arm, limits: Limits, scope: Scope
     ) -> _Outcome:
         """One branch, with its further tries. A branch that was never admitted counts as cancelled."""
         fresh = limits.fresh or arm.limits.fresh
+        key = str(arm.key) if arm.label is None else arm.label
         outcome = _Outcome("cancelled")
         for attempt in range(1 + max(limits.retry, arm.limits.retry)):
             suffix = f"~{attempt}" if attempt else ""
@@ -632,16 +795,6 @@ class _Run:
             if outcome.status != "failed":
                 break
         return outcome
-
-    def _fall_back(self, thread: _Thread, event: Joined, limits: Limits, scope: Scope, reason: str) -> Value:
-        self._same(thread.at, f"the winners of `{event.site}`", event.winners, ())
-        if limits.fallback is None:
-            if not event.failed:
-                raise ReferenceMismatch(thread.at, f"`{event.site}` yields {event.value!r}, by the plan {reason}")
-            raise _Failed(f"`{event.site}`: {reason}")
-        value = self._value(thread, limits.fallback, scope)
-        self._same(thread.at, f"the fallback of `{event.site}`", event.value, value)
-        return value
 
     def _stitch(self, thread: _Thread, winners: Sequence[_Thread], positions: Literal["max", "sum"]) -> None:
         """The winners' own segments enter the view; nothing is fed.
@@ -657,23 +810,27 @@ class _Run:
             end = winner.position + shift
             thread.position = max(thread.position, end)
             thread.text.extend(winner.text)
-            thread.turn_open = winner.turn_open
+            thread.role = winner.role
         if winners:
             thread.last = winners[0].last if len(winners) == 1 else None
 
-    def _reduce(self, thread: _Thread, plan: ast.PlanDef, stmt: ast.Reduce, site: str, scope: Scope) -> Value:
-        limits = options.limits(stmt.options, kind="reduce")
+    def _reduce(
+        self, thread: _Thread, plan: ast.PlanDef, stmt: ast.Reduce, site: str, limits: Limits, scope: Scope
+    ) -> Value:
         by = options.reduce_by(stmt.options)
         items = self._list(thread, stmt.over, scope)
         if not items:
             raise _Failed(f"`{site}` has nothing to reduce")
-        level = 0
+        num_started = 0
         while len(items) > 1:
             groups = [items[i : i + by] for i in range(0, len(items), by)]
-            merged: list[Value] = []
-            arms = [_Arm(i, None, None, stmt.body, {stmt.item: group}) for i, group in enumerate(groups) if len(group) > 1]
-            items = self._fork(thread, plan, site, arms, JoinSpec(), limits, scope)
-            level += 1
+            merging = [i for i, group in enumerate(groups) if len(group) > 1]
+            arms = [_Arm(num_started + n, None, None, stmt.body, {stmt.item: groups[i]}) for n, i in enumerate(merging)]
+            num_started += len(arms)
+            merged = self._branch_out(thread, plan, site, arms, JoinSpec(), limits, scope)
+            items = [group[0] for group in groups]
+            for i, value in zip(merging, merged, strict=True):
+                items[i] = value
         return items[0]
 
     def _call(self, thread: _Thread, stmt: ast.Call, site: str, scope: Scope) -> Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -19,14 +19,14 @@ class Branch:
     """A branch that ended ok.
 
     names: what it had bound at its end
-    logprobs: of every token it drew itself, in order
+    tokens: decoded in it and in its own branches
     """
 
     index: int
     label: str | None
     value: Value
     names: Mapping[str, Value]
-    logprobs: Sequence[float]
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,9 @@ class Verdict:
 def decide(join: JoinSpec, ok: Sequence[Branch], width: int) -> Verdict:
     """The verdict over the branches that had ended ok when the join closed, in branch order, of `width` in all.
 
+    A join closes as soon as it can, so more than `first` or `quorum` asked for are there only where ends are ordered by
+    (tokens decoded, index) and not by time; the same order then says who came first. `best(logprob)` is not decided
+    here: it needs the model.
     Raises Undecided.
     """
     match join.kind:
@@ -52,21 +55,18 @@ def decide(join: JoinSpec, ok: Sequence[Branch], width: int) -> Verdict:
             needed = join.count or 1
             if len(ok) < needed:
                 raise Undecided(f"{len(ok)} of {width} branches are ok, {needed} are needed")
-            chosen = [branch.value for branch in ok]
-            return Verdict(chosen[0] if needed == 1 else chosen, _indices(ok))
+            came = sorted(_in_order_of_ends(ok)[:needed], key=lambda branch: branch.index)
+            values = [branch.value for branch in came]
+            return Verdict(values[0] if needed == 1 else values, _indices(came))
         case "vote":
-            voters, _ = _most_common(join, ok)
-            return Verdict(_key(join, voters[0]), (voters[0].index,))
+            return _yield_key(join, _largest(_ballots(join, ok)))
         case "quorum":
-            voters, count = _most_common(join, ok)
-            if count < (join.count or 1):
-                raise Undecided(f"{count} branches agree, {join.count} are needed")
-            return Verdict(_key(join, voters[0]), (voters[0].index,))
+            return _yield_key(join, _first_to_agree(join, ok))
         case "best":
-            if not ok:
-                raise Undecided("no branch is ok")
-            scores = [_score(join, branch) for branch in ok]
-            best = ok[scores.index(max(scores))]
+            scored = [(score, branch) for branch in ok if (score := _score(join, branch)) is not None]
+            if not scored:
+                raise Undecided("no ok branch has a number")
+            best = max(scored, key=lambda pair: pair[0])[1]
             return Verdict(best.value, (best.index,))
         case _:
             assert_never(join.kind)
@@ -74,6 +74,10 @@ def decide(join: JoinSpec, ok: Sequence[Branch], width: int) -> Verdict:
 
 def _indices(branches: Sequence[Branch]) -> tuple[int, ...]:
     return tuple(branch.index for branch in branches)
+
+
+def _in_order_of_ends(branches: Sequence[Branch]) -> list[Branch]:
+    return sorted(branches, key=lambda branch: (branch.tokens, branch.index))
 
 
 def _all(ok: Sequence[Branch]) -> Value:
@@ -87,17 +91,38 @@ def _key(join: JoinSpec, branch: Branch) -> Value:
     return branch.names[join.key or ""]
 
 
-def _most_common(join: JoinSpec, ok: Sequence[Branch]) -> tuple[list[Branch], int]:
-    """The branches that hold the most common key, and how many they are; among equals the one seen first."""
+def _yield_key(join: JoinSpec, voters: Sequence[Branch]) -> Verdict:
+    winner = min(voters, key=lambda branch: branch.index)
+    return Verdict(_key(join, winner), (winner.index,))
+
+
+def _ballots(join: JoinSpec, branches: Sequence[Branch]) -> dict[Hashable, list[Branch]]:
+    """Who voted alike, in the order of `branches`."""
     groups: dict[Hashable, list[Branch]] = {}
-    for branch in ok:
+    for branch in branches:
         ballot = _ballot(join, _key(join, branch))
         if ballot is not None:
             groups.setdefault(ballot, []).append(branch)
+    return groups
+
+
+def _largest(groups: Mapping[Hashable, list[Branch]]) -> list[Branch]:
+    """The largest group; of equals the one with the lowest branch."""
     if not groups:
         raise Undecided("no branch cast a vote")
-    winner = max(groups.values(), key=len)
-    return winner, len(winner)
+    return max(groups.values(), key=lambda voters: (len(voters), -min(voter.index for voter in voters)))
+
+
+def _first_to_agree(join: JoinSpec, ok: Sequence[Branch]) -> list[Branch]:
+    needed = join.count or 1
+    agreed: dict[Hashable, list[Branch]] = {}
+    for branch in _in_order_of_ends(ok):
+        ballot = _ballot(join, _key(join, branch))
+        if ballot is not None:
+            agreed.setdefault(ballot, []).append(branch)
+            if len(agreed[ballot]) == needed:
+                return _ballots(join, ok)[ballot]
+    raise Undecided(f"no {needed} branches agree")
 
 
 def _ballot(join: JoinSpec, value: Value) -> Hashable | None:
@@ -114,19 +139,16 @@ def _ballot(join: JoinSpec, value: Value) -> Hashable | None:
 
 
 def _number(value: Value) -> float | int | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return None if isinstance(value, float) and math.isnan(value) else value
     if isinstance(value, str):
-        text = value.strip()
         for read in (int, float):
             try:
-                number: float | int = read(text)
+                value = read(value.strip())
+                break
             except ValueError:
                 continue
-            return None if math.isnan(number) else number
-    return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return None
+    return value
 
 
 def _freeze(value: Value) -> Hashable:
@@ -140,7 +162,8 @@ def _freeze(value: Value) -> Hashable:
     return value  # type: ignore[no-any-return]
 
 
-def _score(join: JoinSpec, branch: Branch) -> float:
-    if join.key == "logprob":
-        return math.fsum(branch.logprobs) / len(branch.logprobs) if branch.logprobs else -math.inf
-    return float(_key(join, branch))
+def _score(join: JoinSpec, branch: Branch) -> float | None:
+    value = _key(join, branch)
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return None
+    return value

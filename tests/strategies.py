@@ -116,7 +116,11 @@ def _may_fail(stmt: ast.Stmt) -> bool:
     match stmt:
         case ast.Need():
             return True
-        case ast.Fork(join=ast.Join(value=value)) | ast.Branches(join=ast.Join(value=value)) | ast.Map(join=ast.Join(value=value)):
+        case (
+            ast.Fork(join=ast.Join(value=value))
+            | ast.Branches(join=ast.Join(value=value))
+            | ast.Map(join=ast.Join(value=value))
+        ):
             return value is not None and value.kind in ("first", "quorum")
         case _:
             return False
@@ -287,7 +291,16 @@ class _Maker:
     def typed(self) -> tuple[Kind, list[Option]]:
         """A gen's kind and its options."""
         form = self.weighted(
-            [(8, "text"), (3, "int"), (3, "choice"), (1, "bool"), (1, "float"), (2, "lines"), (1, "regex"), (1, "logprob")]
+            [
+                (8, "text"),
+                (3, "int"),
+                (3, "choice"),
+                (1, "bool"),
+                (1, "float"),
+                (2, "lines"),
+                (1, "regex"),
+                (1, "logprob"),
+            ]
         )
         options: list[Option] = []
         kind: Kind = "text"
@@ -321,9 +334,13 @@ class _Maker:
         if self.chance(25):
             options.append(Option("temperature", self.pick([Int(0), Float(0.7), Int(3)])))
         if self.chance(10):
-            options.append(self.pick([Option("top_k", Int(5)), Option("top_p", Float(0.9)), Option("min_p", Float(0.05))]))
+            options.append(
+                self.pick([Option("top_k", Int(5)), Option("top_p", Float(0.9)), Option("min_p", Float(0.05))])
+            )
         if self.chance(8):
-            options.append(self.pick([Option("repetition_penalty", Float(1.3)), Option("presence_penalty", Float(0.5))]))
+            options.append(
+                self.pick([Option("repetition_penalty", Float(1.3)), Option("presence_penalty", Float(0.5))])
+            )
         if self.chance(5):
             options.append(Option("seed", Int(7)))
         return kind, options
@@ -598,7 +615,9 @@ class _Maker:
         context = "drop" if join is None or join.context is None else join.context.kind
         if context == "stitch":
             value = None if join is None else join.value
-            one = value is not None and (value.kind not in ("all", "first") or (value.kind == "first" and value.count == Int(1)))
+            one = value is not None and (
+                value.kind not in ("all", "first") or (value.kind == "first" and value.count == Int(1))
+            )
             block.continues = block.continues and (one or width == 1)
         elif context == "text":
             # The text may turn out to be empty, and then there is only what stood before.
