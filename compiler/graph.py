@@ -21,7 +21,7 @@ branch. Identical branches are one arm with a multiplicity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -60,12 +60,16 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """`multiplicity` equal branches. Branch indices run over the arms of a fork in order."""
+    """`multiplicity` equal branches. Branch indices run over the arms of a fork in order.
+
+    hold_space: the branch goes on with a `Decode` without a prompt, so one trailing space of `prompt` is held back
+    """
 
     region: Region
     multiplicity: int = 1
     label: str | None = None
     prompt: Expr | None = None
+    hold_space: bool = False
     limits: Limits = field(default_factory=Limits)
     span: Span = NOWHERE
 
@@ -195,6 +199,15 @@ class Return:
 Node: TypeAlias = Write | Decode | Fork | Map | Reduce | Loop | Cond | Call | Expand | Let | Need | Return
 
 
+def after(node: Node, ctx: Ctx) -> Ctx:
+    """The context after `node`, which stands where the context is `ctx`."""
+    match node:
+        case Let() | Need() | Return():
+            return ctx
+        case _:
+            return node.dst
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     entry: Ctx
@@ -204,11 +217,15 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class PlanGraph:
-    """`limits.budget` is the plan's budget; `depth` the self-calls it permits (0 for none)."""
+    """`limits.budget` is the plan's budget; `depth` the self-calls it permits (0 for none).
+
+    bounds: of each parameter, what it states about itself (`text(2000)`, `list(16)`, `int`), or None
+    """
 
     name: str
     params: tuple[str, ...]
     region: Region
+    bounds: tuple[Expr | None, ...] = ()
     limits: Limits = field(default_factory=Limits)
     depth: int = 0
     span: Span = NOWHERE
@@ -220,3 +237,60 @@ class Graph:
 
     main: str
     plans: Mapping[str, PlanGraph]
+
+
+def regions(node: Node) -> tuple[Region, ...]:
+    """The regions inside a node, in order of the text."""
+    match node:
+        case Fork(arms=arms):
+            return tuple(arm.region for arm in arms)
+        case Map(region=region) | Reduce(region=region) | Loop(region=region):
+            return (region,)
+        case Cond(then=then, orelse=None):
+            return (then,)
+        case Cond(then=then, orelse=Region() as orelse):
+            return (then, orelse)
+        case _:
+            return ()
+
+
+def walk(region: Region) -> Iterator[tuple[Region, int]]:
+    """Every node of a region and of those inside it, as (region, place)."""
+    stack = [region]
+    while stack:
+        current = stack.pop()
+        for place, node in enumerate(current.nodes):
+            yield current, place
+            stack.extend(regions(node))
+
+
+def callees_first(graph: Graph) -> list[str]:
+    """The plans of `graph`, each after those that it calls. Raises ValueError if plans call each other in a circle,
+    or one calls itself that permits no depth."""
+    calls: dict[str, list[str]] = {}
+    for name, plan in graph.plans.items():
+        called = dict.fromkeys(
+            node.plan for region, place in walk(plan.region) if isinstance(node := region.nodes[place], Call)
+        )
+        if name in called and plan.depth < 1:
+            raise ValueError(f"`{name}` calls itself and permits no depth")
+        calls[name] = [other for other in called if other != name and other in graph.plans]
+    order: list[str] = []
+    state: dict[str, Literal["open", "done"]] = {}
+    for start in graph.plans:
+        stack = [start]
+        while stack:
+            name = stack[-1]
+            if state.get(name) is None:
+                state[name] = "open"
+                for other in reversed(calls[name]):
+                    if state.get(other) == "open":
+                        raise ValueError(f"`{name}` and `{other}` call each other")
+                    if other not in state:
+                        stack.append(other)
+            else:
+                stack.pop()
+                if state[name] == "open":
+                    state[name] = "done"
+                    order.append(name)
+    return order

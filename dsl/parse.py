@@ -1,0 +1,494 @@
+"""From a plan's text to its abstract syntax.
+
+lark reads the tokens and calls `_Builder` as it reduces each rule, so no parse tree is built. The grammar knows calls
+and braces only; which words are statements, and what shape each has, is decided in `shapes`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from math import isfinite
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeAlias
+
+from lark import Lark, Token, Transformer
+from lark.exceptions import UnexpectedInput
+
+from anabranch.dsl import ast
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, Source, Span, did_you_mean
+from anabranch.dsl.grammar import lark_parser
+from anabranch.dsl.shapes import EXAMPLES, After, BareCall, Bind, Item, RawBlock, RawCall, Shaper, Tail
+from anabranch.dsl.strings import read_string
+from anabranch.dsl.syntax_errors import explain
+
+MAX_FILE_BYTES: Final = 16 * 2**20
+"""The largest plan file that is read."""
+
+MAX_BRACKETS: Final = 64
+"""How many brackets, of any kind, may be open at once."""
+
+MAX_DEPTH: Final = 160
+"""How deep the abstract syntax may nest: a block is two levels, an operator one.
+
+Python's own comparison of two trees takes four of its 1,000 frames a level, which makes it safe, and so any function
+that takes no more.
+"""
+
+MAX_DIGITS: Final = 1000
+"""The longest number, in characters; Python refuses to read an int of more than 4,300 digits."""
+
+
+def read_source(path: str | PathLike[str]) -> Source:
+    """The text of a plan file, named as the user wrote it.
+
+    The file is UTF-8; a byte-order mark is dropped, and `\\r\\n` becomes `\\n`. Raises PlanError (without a span) when
+    the file is missing, a directory, unreadable, empty, larger than `MAX_FILE_BYTES` or not UTF-8.
+    """
+    name = fspath(path)
+
+    def refuse(code: str, message: str, help: str) -> NoReturn:
+        raise PlanError(Diagnostic(code, message, help=help), Source(name, ""))
+
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        refuse("no-such-file", f"there is no file `{name}`", "check the path")
+    except IsADirectoryError:
+        refuse("is-a-directory", f"`{name}` is a directory", "name a file that ends in `.plan`")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        refuse("unreadable-file", f"`{name}` can't be read: {reason}", "check the path and its permissions")
+    if len(data) > MAX_FILE_BYTES:
+        refuse("file-too-large", f"`{name}` is larger than {MAX_FILE_BYTES // 2**20} MiB", "split it into several files")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse(
+            "not-utf-8",
+            f"`{name}` is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            "save the file as UTF-8",
+        )
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    if not text.strip():
+        refuse("empty-file", f"`{name}` is empty", "a plan is written `name = plan(question) { ... }`")
+    return Source(name, text)
+
+
+def parse(source: Source) -> ast.Program:
+    """The program written in `source`. Raises PlanError.
+
+    A syntax error is reported alone; statements of the wrong shape are reported together, in the order of the text.
+    """
+    reader = _reader()
+    with reader.lock:
+        return reader.read(source)
+
+
+def parse_text(text: str, name: str = "<plan>") -> ast.Program:
+    """The program written in `text`; `name` stands for the file in errors. Raises PlanError."""
+    return parse(Source(name, text))
+
+
+@cache
+def _reader() -> _Reader:
+    return _Reader()
+
+
+class _Reader:
+    """The parser with its callbacks. They hold the state of the one text being read, hence the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._builder = _Builder()
+        self._brackets = _Brackets()
+        self._lark: Lark = lark_parser(self._builder, self._brackets)
+        self._brackets.learn(self._lark)
+
+    def read(self, source: Source) -> ast.Program:
+        self._builder.begin(source)
+        self._brackets.begin(source)
+        try:
+            # A comment must end in a newline.
+            plans: tuple[ast.PlanDef, ...] = self._lark.parse(source.text + "\n")  # type: ignore[assignment]
+            errors = self._builder.finish(plans)
+            if errors:
+                raise PlanError(sorted(errors, key=lambda e: e.span.start if e.span else 0), source)
+            program = ast.Program(plans, source)
+            if self._brackets.deepest > MAX_DEPTH:
+                _check_depth(program)
+            return program
+        except UnexpectedInput as error:
+            raise PlanError(explain(error, source, self._brackets.open, self._brackets.before), source) from None
+        finally:
+            self._builder.begin(source)
+
+
+class _Brackets:
+    """Watches the tokens go by: which brackets are open, and how deep the syntax may become.
+
+    open: the brackets open now, outermost first
+    before: the last two tokens seen
+    deepest: at least the depth of the abstract syntax so far, never less
+    """
+
+    always_accept: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._role: dict[str, str] = {}
+
+    def learn(self, lark: Lark) -> None:
+        """Find what lark has called each bracket and operator."""
+        roles = dict.fromkeys("([{", "open") | dict.fromkeys(")]}", "close") | dict.fromkeys(",;:=", "part")
+        roles |= dict.fromkeys(("+", "-", "*", "/", "!", ".", "==", "!=", "<", "<=", ">", ">=", "&&", "||"), "operator")
+        for terminal in lark.terminals:
+            if terminal.pattern.type == "str" and terminal.pattern.value in roles:
+                self._role[terminal.name] = roles[terminal.pattern.value]
+
+    def begin(self, source: Source) -> None:
+        self._source = source
+        self.open: list[Token] = []
+        self.before: tuple[Token | None, Token | None] = (None, None)
+        self.deepest = 0
+
+    def process(self, stream: Iterator[Token]) -> Iterator[Token]:
+        role = self._role
+        # A file's Program, PlanDef and Block, and a leaf with the statement and the parts around it.
+        level = 8
+        outer: list[int] = []
+        last: Token | None = None
+        for token in stream:
+            self.before = (last, token)
+            last = token
+            match role.get(token.type):
+                case None:
+                    pass
+                case "open":
+                    # A block holds statements, a call arguments: two levels. An index is an operator besides.
+                    level += 1
+                    outer.append(level)
+                    level += 2
+                    self.open.append(token)
+                    if len(outer) > MAX_BRACKETS:
+                        self._too_deep(token)
+                case "close":
+                    if outer:
+                        level = outer.pop()
+                        # Kept when it closes nothing or another kind: the parser stops there, and asks what is open.
+                        if self.open[-1] + token in ("()", "[]", "{}"):
+                            self.open.pop()
+                case "part":
+                    level = outer[-1] + 2 if outer else 8
+                case _:
+                    level += 1
+            if level > self.deepest:
+                self.deepest = level
+            yield token
+
+    def _too_deep(self, token: Token) -> NoReturn:
+        start = token.start_pos or 0
+        raise PlanError(
+            Diagnostic(
+                "too-deep",
+                f"more than {MAX_BRACKETS} brackets are open here",
+                Span(start, start + 1),
+                help="split the plan into several plans that call one another",
+            ),
+            self._source,
+        )
+
+
+def _check_depth(program: ast.Program) -> None:
+    """Refuse a program deeper than `MAX_DEPTH`. Goes level by level, since a deep one can't be recursed over."""
+    level: list[Any] = list(program.plans)
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for node in level:
+            for field in fields(node):
+                value = getattr(node, field.name)
+                for child in value if isinstance(value, tuple) else (value,):
+                    if is_dataclass(child) and not isinstance(child, Span):
+                        below.append(child)
+        if not below:
+            return
+        level = below
+    raise PlanError(
+        Diagnostic(
+            "too-deep",
+            f"this nests more than {MAX_DEPTH} levels deep",
+            level[0].span,
+            help="bind parts of it to names first, or split the plan",
+        ),
+        program.source,
+    )
+
+
+_Child: TypeAlias = Any
+"""What a rule is reduced from: tokens, and what the rules below have returned."""
+
+
+class _Builder(Transformer[Token, Any]):
+    """The abstract syntax of each rule, from that of its parts. Called as lark reduces."""
+
+    def begin(self, source: Source) -> None:
+        self._text = source.text
+        self._errors: list[Diagnostic] = []
+        self._shaper = Shaper(self._errors.append)
+        self._loose: list[RawCall] = []
+
+    def finish(self, plans: tuple[ast.PlanDef, ...]) -> list[Diagnostic]:
+        """Resolve what needs the whole file; the errors found."""
+        self._shaper.resolve({plan.name: plan for plan in plans})
+        return self._errors
+
+    # The methods below are named after the grammar's rules.
+
+    def start(self, plans: list[_Child]) -> tuple[ast.PlanDef, ...]:
+        return tuple(plans)
+
+    def plan(self, children: list[_Child]) -> ast.PlanDef:
+        name, _, word, _, params, _, opened, *items, closed = children
+        start = name.start_pos
+        if word != "plan":
+            self._errors.append(
+                Diagnostic(
+                    "not-a-plan",
+                    f"`{word.value}` is no plan",
+                    _token_span(word),
+                    help=did_you_mean(word.value, ["plan"]) or f"a file holds plans: `{name.value} = plan(...) {{ ... }}`",
+                )
+            )
+        self._refuse_loose(start)
+        body = self._shaper.block(RawBlock(_items(items), Span(opened.start_pos, closed.end_pos)))
+        plain: list[ast.Param] = []
+        options: dict[str, ast.Option] = {}
+        for param in params or ():
+            if isinstance(param, ast.Param):
+                plain.append(param)
+            elif param.name in options:
+                self._errors.append(
+                    Diagnostic(
+                        "repeated-option", f"option `{param.name}` is given twice", param.span, help="keep one of them"
+                    )
+                )
+            else:
+                options[param.name] = param
+        return ast.PlanDef(name.value, tuple(plain), tuple(options.values()), body, Span(start, closed.end_pos))
+
+    def params(self, children: list[_Child]) -> list[_Child]:
+        return children[::2]
+
+    def param(self, children: list[_Child]) -> ast.Param | ast.Option:
+        name = children[0]
+        if len(children) == 1:
+            return ast.Param(name.value, None, _token_span(name))
+        _, separator, value = children
+        span = Span(name.start_pos, value.span.end)
+        if separator == "=":
+            return ast.Option(name.value, value, span)
+        return ast.Param(name.value, value, span)
+
+    def block(self, children: list[_Child]) -> RawBlock:
+        return RawBlock(_items(children[1:-1]), Span(children[0].start_pos, children[-1].end_pos))
+
+    def stmt(self, children: list[_Child]) -> Item | None:
+        bound, _, expr, tail, semicolon = children
+        start = bound.start_pos if bound is not None else expr.span.start
+        span = Span(start, semicolon.end_pos)
+        name = bound.value if bound is not None else None
+        call: RawCall | None = None
+        if isinstance(expr, RawCall):
+            call = self._loose.pop()
+        elif isinstance(expr, ast.Apply) and expr.function == "text":
+            call = RawCall("text", expr.args, expr.span)
+        self._refuse_loose(start)
+        if call is not None:
+            return self._shaper.statement(name, call, tail, span)
+        if tail is not None:
+            self._refuse_tail(expr, tail)
+            return None
+        if name is not None:
+            return ast.Let(name, expr, span)
+        if isinstance(expr, ast.Apply):
+            return BareCall(expr, span)
+        self._errors.append(_bare_expression(expr))
+        return None
+
+    def tail(self, children: list[_Child]) -> Tail:
+        return Tail(*children)
+
+    def after(self, children: list[_Child]) -> After:
+        word, *rest = children
+        if word == "join":
+            return After("join", Span(word.start_pos, rest[-1].end_pos), args=rest[1] or ())
+        if word == "else":
+            return After("else", Span(word.start_pos, rest[0].span.end), block=rest[0])
+        return After("until", Span(word.start_pos, rest[-1].end_pos), expr=rest[1])
+
+    def args(self, children: list[_Child]) -> tuple[ast.Arg | Bind, ...]:
+        return tuple(children[::2])
+
+    def arg(self, children: list[_Child]) -> ast.Arg | Bind:
+        if len(children) == 1:
+            value = children[0]
+            return ast.Arg(None, value, value.span)
+        name, separator, value = children
+        span = Span(name.start_pos, value.span.end)
+        return ast.Arg(name.value, value, span) if separator == "=" else Bind(name.value, value, span)
+
+    def call(self, children: list[_Child]) -> ast.Apply | RawCall:
+        name, _, args, closed = children
+        word = name.value
+        span = Span(name.start_pos, closed.end_pos)
+        args = args or ()
+        # `text(2000)` is also the bound of a parameter.
+        if (word in _STATEMENTS and word != "text") or any(isinstance(arg, Bind) for arg in args):
+            call = RawCall(word, args, span)
+            self._loose.append(call)
+            return call
+        return ast.Apply(word, args, span)
+
+    def list(self, children: list[_Child]) -> ast.List:
+        opened, items, closed = children
+        return ast.List(items or (), Span(opened.start_pos, closed.end_pos))
+
+    def items(self, children: list[_Child]) -> tuple[ast.Expr, ...]:
+        return tuple(children[::2])
+
+    def paren(self, children: list[_Child]) -> ast.Expr | RawCall:
+        opened, inner, closed = children
+        if isinstance(inner, RawCall):
+            return inner
+        return replace(inner, span=Span(opened.start_pos, closed.end_pos))
+
+    def field(self, children: list[_Child]) -> ast.Field:
+        value, _, name = children
+        return ast.Field(value, name.value, Span(value.span.start, name.end_pos))
+
+    def index(self, children: list[_Child]) -> ast.Index:
+        value, _, index, closed = children
+        return ast.Index(value, index, Span(value.span.start, closed.end_pos))
+
+    def name(self, children: list[_Child]) -> ast.Name | ast.Bool:
+        token = children[0]
+        span = Span(token.start_pos, token.end_pos)
+        word = token.value
+        if word == "true" or word == "false":
+            return ast.Bool(word == "true", span)
+        return ast.Name(word, span)
+
+    def number(self, children: list[_Child]) -> ast.Int | ast.Float:
+        token = children[0]
+        span = _token_span(token)
+        if len(token) > MAX_DIGITS:
+            self._errors.append(
+                Diagnostic("number-too-large", f"this number has more than {MAX_DIGITS} characters", span)
+            )
+            return ast.Int(0, span)
+        if token.type == "INT":
+            return ast.Int(int(token.value), span)
+        value = float(token.value)
+        if not isfinite(value):
+            self._errors.append(
+                Diagnostic("number-too-large", "this number is too large for a float", span, help="the largest is 1.8e308")
+            )
+            return ast.Float(0.0, span)
+        return ast.Float(value, span)
+
+    def string(self, children: list[_Child]) -> ast.Str:
+        token = children[0]
+        return read_string(token.value, token.start_pos, self._errors.append)
+
+    def unary(self, children: list[_Child]) -> ast.Expr:
+        op, operand = children
+        span = Span(op.start_pos, operand.span.end)
+        # A literal has its sign, unless it stands in brackets of its own.
+        if op == "-" and isinstance(operand, ast.Int | ast.Float) and self._text[operand.span.start].isdigit():
+            return replace(operand, value=-operand.value, span=span)
+        return ast.Unary(op.value, operand, span)
+
+    def _binary(self, children: list[_Child]) -> ast.Binary:
+        left, op, right = children
+        return ast.Binary(op.value, left, right, Span(left.span.start, right.span.end))
+
+    expr = conj = cmp = sum = term = _binary
+
+    def _refuse_loose(self, start: int) -> None:
+        """Report the statements that stand inside an expression of what began at `start`."""
+        while self._loose and self._loose[-1].span.start >= start:
+            call = self._loose.pop()
+            if call.word in _STATEMENTS:
+                self._errors.append(
+                    Diagnostic(
+                        "nested-statement",
+                        f"`{call.word}` is a statement and can't stand inside an expression",
+                        call.word_span,
+                        help=f"bind its value first: `x = {call.word}(...);`, then use `x`",
+                    )
+                )
+            else:
+                bind = next(arg for arg in call.args if isinstance(arg, Bind))
+                self._errors.append(
+                    Diagnostic(
+                        "misplaced-binder",
+                        f"`{call.word}` takes no `{bind.name}: value`",
+                        bind.span,
+                        help=f"an option is written `{bind.name}=value`",
+                    )
+                )
+
+    def _refuse_tail(self, expr: ast.Expr, tail: Tail) -> None:
+        word = expr.function if isinstance(expr, ast.Apply) else expr.id if isinstance(expr, ast.Name) else None
+        if word is None:
+            self._errors.append(
+                Diagnostic(
+                    "unexpected-block",
+                    "an expression takes no block",
+                    Span(tail.block.span.start, tail.block.span.start + 1),
+                    help="is a `;` missing before it?",
+                )
+            )
+            return
+        if isinstance(expr, ast.Name) and word in EXAMPLES:
+            self._errors.append(
+                Diagnostic("missing-brackets", f"`{word}` needs brackets", expr.span, help=f"write `{EXAMPLES[word]}`")
+            )
+            return
+        self._errors.append(
+            Diagnostic(
+                "unknown-statement",
+                f"`{word}` is no statement that takes a block",
+                Span(expr.span.start, expr.span.start + len(word)),
+                help=did_you_mean(word, ("fork", "branch", "map", "reduce", "loop", "if"))
+                or "`fork`, `branch`, `map`, `reduce`, `loop` and `if` do",
+            )
+        )
+
+
+_STATEMENTS: Final = frozenset(EXAMPLES) | {"plan"}
+
+
+def _items(children: list[_Child]) -> tuple[Item, ...]:
+    """The statements of a block, without those that were refused."""
+    return tuple(child for child in children if child is not None)
+
+
+def _token_span(token: Token) -> Span:
+    return Span(token.start_pos or 0, token.end_pos or 0)
+
+
+def _bare_expression(expr: ast.Expr) -> Diagnostic:
+    if isinstance(expr, ast.Name) and expr.id in EXAMPLES:
+        return Diagnostic(
+            "missing-brackets", f"`{expr.id}` needs brackets", expr.span, help=f"write `{EXAMPLES[expr.id]}`"
+        )
+    return Diagnostic(
+        "bare-expression",
+        "an expression alone does nothing",
+        expr.span,
+        help="bind it: `x = ...;`, or give it back: `return(...);`",
+    )
