@@ -13,7 +13,9 @@ from torch import Tensor
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend_shared(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Every row sees every key: one read of K and V for all rows.
 
     q: [num_rows, num_heads, head_dim]
@@ -33,7 +35,9 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor
     return out, lse
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend_causal(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The rows are the newest keys: row i sees every key but the last num_rows - 1 - i.
 
     q: [num_rows, num_heads, head_dim]

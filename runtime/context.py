@@ -44,15 +44,14 @@ class Context:
     logits: [vocab] of the last token, or None where they are not at hand
     """
 
-    __slots__ = ("expect", "first_turn", "logits", "pool", "position", "role", "segment", "unfed", "view")
+    __slots__ = ("expect", "logits", "pool", "position", "role", "segment", "unfed", "view")
 
-    def __init__(self, pool: PagePool, view: View | None, position: int, role: str | None, first_turn: bool) -> None:
+    def __init__(self, pool: PagePool, view: View | None, position: int, role: str | None) -> None:
         self.pool = pool
         self.view = view.hold() if view is not None else None
         self.segment: Segment | None = None
         self.position = position
         self.role = role
-        self.first_turn = first_turn
         self.unfed: list[Unfed] = []
         self.logits: Tensor | None = None
         self.expect = 1

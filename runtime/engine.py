@@ -23,6 +23,7 @@ from anabranch.dsl.spec import Value
 from anabranch.dsl.values import EvaluationError
 from anabranch.kernels.sample import draw, logprob
 from anabranch.runtime.attention import Block, StepAttention
+from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context, Row, Unfed
 from anabranch.runtime.events import BranchEnded, Event, LogitsRow, RunEnded, Status, TextDelta
 from anabranch.runtime.joins import Ended
@@ -142,7 +143,7 @@ class Run:
             self.listener(self, event)
 
     def at(self, span: Span) -> str:
-        """", line 4" of the plan's source."""
+        """ ", line 4" of the plan's source."""
         line, _ = self.compiled.program.source.position(span.start)
         return f" (line {line})"
 
@@ -176,7 +177,12 @@ class Engine:
         pages = self.config.pages
         if pages is None:
             page_bytes = (
-                2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.config.page_size * decoder.dtype.itemsize
+                2
+                * shape.num_layers
+                * shape.num_kv_heads
+                * shape.head_dim
+                * self.config.page_size
+                * decoder.dtype.itemsize
             )
             pages = max(64, self.config.pool_bytes // page_bytes)
         self.machine = Machine(self.config.lanes, pages, self.config.page_size, self.config.chunk)
@@ -184,6 +190,7 @@ class Engine:
         self.store = KvStore(self.pool, shape.num_layers, shape.num_kv_heads, shape.head_dim, decoder.dtype)
         self.tokenizer = model.tokenizer
         self.chat = model.chat
+        self.constraints = Constraints(model.tokenizer)
         self.scheduler = Scheduler(self.machine)
         self.num_steps = 0
         self._tasks: dict[Thread, Task] = {}
@@ -250,9 +257,7 @@ class Engine:
         compiled = self.compile(plan, name, tuple(functions or ()))
         given = [inputs] if isinstance(inputs, Mapping) else [{}] if inputs is None else list(inputs)
         runs = [
-            self.submit(
-                compiled, values, seed=seed, input_index=index, functions=functions, listener=listener
-            )
+            self.submit(compiled, values, seed=seed, input_index=index, functions=functions, listener=listener)
             for index, values in enumerate(given)
         ]
         try:
@@ -323,7 +328,11 @@ class Engine:
 
     def logprob(self, logits: Tensor, token: int) -> float:
         """Natural log of the probability of `token` under one row of logits, unmasked, at temperature 1."""
-        return float(logprob(logits[None], torch.tensor([token]))[0])
+        return float(logprob(logits[None].float(), torch.tensor([token]))[0])
+
+    def is_blank(self, context: Context) -> bool:
+        """Whether nothing stands in `context` but perhaps a start token."""
+        return context.position == (self.tokenizer.bos_id is not None)
 
     def remember(self, context: Context) -> None:
         """Index a sealed prefix that begins at the root, for later runs."""
@@ -360,16 +369,14 @@ class Engine:
             )
         context = self._empty_context()
         names = {param: run.inputs[param] for param in plan.params}
-        run.root = Task(
-            self, run, (), context, plan.region, names, budget=plan.limits.budget, plan=plan.name
-        )
+        run.root = Task(self, run, (), context, plan.region, names, budget=plan.limits.budget, plan=plan.name)
         thread = self.scheduler.open(child)
         run.root.thread = thread
         self._tasks[thread] = run.root
         self._runs.append(run)
 
     def _empty_context(self) -> Context:
-        context = Context(self.pool, None, 0, None, True)
+        context = Context(self.pool, None, 0, None)
         if self.tokenizer.bos_id is not None:
             context.push([self.tokenizer.bos_id], Row.PREFILL)
         return context
@@ -410,7 +417,7 @@ class Engine:
             context = self._empty_context()
         else:
             outer = parent.context
-            context = Context(self.pool, outer.view, outer.position, outer.role, outer.first_turn)
+            context = Context(self.pool, outer.view, outer.position, outer.role)
             context.logits = outer.logits
             parent.run.counts["tokens_aliased"] += outer.view.total_tokens if outer.view is not None else 0
         names = dict(branch.names) if fork.callee is not None else child_names(parent.names, branch.names)
@@ -505,9 +512,7 @@ class Engine:
         assert task.thread is not None
         fork.depth = task.depth + 1 if fork.callee == task.plan else 0 if fork.callee is not None else task.depth
         task.fork = fork
-        fork.scheduled = self.scheduler.fork(
-            task.thread, fork.needs, base=task.num_pages(), limit=fork.limits.limit
-        )
+        fork.scheduled = self.scheduler.fork(task.thread, fork.needs, base=task.num_pages(), limit=fork.limits.limit)
         self._forks[fork.scheduled] = fork
         if fork.limits.deadline_s is not None:
             fork.deadline = time.monotonic() + fork.limits.deadline_s
@@ -732,9 +737,7 @@ class Engine:
             count -= rows - rides
         return portions
 
-    def _feed(
-        self, work: _Work, context: Context, count: int, blocks: list[Block], tokens: list[int]
-    ) -> None:
+    def _feed(self, work: _Work, context: Context, count: int, blocks: list[Block], tokens: list[int]) -> None:
         fed, segment, first = context.take(count)
         blocks.append(Block(context.view, segment, first, count))
         rows = work.task.run.rows
@@ -772,7 +775,7 @@ class Engine:
         found: dict[int, float] = {}
         if wants:
             index = torch.tensor(wants)
-            found = dict(zip(wants, logprob(logits[index], tokens[index]).tolist(), strict=True))
+            found = dict(zip(wants, logprob(logits[index].float(), tokens[index]).tolist(), strict=True))
         for place, token in enumerate(tokens.tolist()):
             work, context, row = sampling[place]
             task, request = work.task, draws[place]
@@ -817,6 +820,7 @@ class Engine:
         repetition = column("repetition_penalty", torch.float32)
         presence = column("presence_penalty", torch.float32)
         penal = bool((repetition != 1).any() or (presence != 0).any())
+        seen = [torch.tensor(t.drawn_ids, dtype=torch.int64) for t in tasks] if penal else ()
         return draw(
             logits.float(),
             temperature=column("temperature", torch.float32),
@@ -828,7 +832,8 @@ class Engine:
             mask=mask,
             repetition_penalty=repetition if penal else None,
             presence_penalty=presence if penal else None,
-            seen=[t.drawn_ids for t in tasks] if penal else None,
+            seen=seen,
+            drawn=seen,
         )
 
     def _resume_done(self, thread: Thread) -> None:

@@ -87,7 +87,7 @@ class JoinState:
     def result(self) -> JoinResult:
         """What comes out, from the branches that counted when the join closed."""
         good = [e for e in self._closed_by if e.status == "ok"]
-        ok = tuple(sorted(e.index for e in good))
+        ok = tuple(sorted(e.index for e in self.ended.values() if e.status == "ok"))
         spec = self.spec
         winners: tuple[int, ...]
         value: Value

@@ -1,10 +1,10 @@
 """The threads of a run: each walks its region of the graph and asks the engine for rows, tokens and branches.
 
-    request = Feed()                 the unfed tokens of the thread's context
-            | Rows(contexts)         the unfed tokens of other contexts: the winners of a stitch
-            | Score(token ids)       forced continuations, each taken back again
-            | Draw(generation, ...)  tokens, until the gen is done
-            | Spawn(fork)            branches, until the join closes
+request = Feed()                 the unfed tokens of the thread's context
+        | Rows(contexts)         the unfed tokens of other contexts: the winners of a stitch
+        | Score(token ids)       forced continuations, each taken back again
+        | Draw(generation, ...)  tokens, until the gen is done
+        | Spawn(fork)            branches, until the join closes
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from anabranch.compiler.scheduler import Thread
 from anabranch.dsl.ast import Expr, Str, names_in
 from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
 from anabranch.dsl.values import EvaluationError, evaluate, parts, render
-from anabranch.runtime.constrain import Constraint, constraint_for
 from anabranch.runtime.context import Context, Row
 from anabranch.runtime.events import BranchStarted, Event, GenEnded, HostCalled, Joined, Path, Status
 from anabranch.runtime.generation import Generation, choice_encodings, read_value, recorded_ids
@@ -144,6 +143,7 @@ class ForkState:
     running: dict[int, Task] = field(default_factory=dict)
     finished: dict[int, Task] = field(default_factory=dict)
     closed: bool = False
+    depth: int = 0
     base_view: View | None = None
 
 
@@ -211,6 +211,12 @@ class Task:
     def tokens(self) -> int:
         """Tokens decoded in this thread and its branches."""
         return self.spent + self.below + (sum(t.tokens for t in self.fork.running.values()) if self.fork else 0)
+
+    def num_pages(self) -> int:
+        """Pages that this thread's context has gained since it began."""
+        context = self.context
+        gained = context.view.gained_since(self.base_view) if context.view is not None else []
+        return context.num_pages() + sum(len(entry.segment.pages) for entry in gained)
 
     def emit(self, event: Event) -> None:
         self.run.emit(event)
@@ -340,10 +346,11 @@ class Task:
         return pieces
 
     def _push(self, pieces: list[tuple[str, bool]], value: Expr | None = None) -> None:
-        ids = self.engine.tokenizer.encode(pieces)
+        start = self.engine.is_blank(self.context)
+        ids = self.engine.tokenizer.encode(pieces, start=start)
         again = 0
         if value is not None and self._is_generated(value):
-            again = len(ids) - len(self.engine.tokenizer.encode(self._without_generated(value)))
+            again = len(ids) - len(self.engine.tokenizer.encode(self._without_generated(value), start=start))
             again = min(max(0, again), len(ids))
         self.context.push(ids[: len(ids) - again], Row.PREFILL)
         self.context.push(ids[len(ids) - again :], Row.REPREFILL)
@@ -367,10 +374,7 @@ class Task:
         context = self.context
         content = self._pieces(node.value, hold_space=False)
         self.text.extend(text for text, _ in content)
-        turn = self.engine.chat.turn(
-            node.role, content, first=context.first_turn, open=context.role == "assistant"
-        )
-        context.first_turn = False
+        turn = self.engine.chat.turn(node.role, content, first=context.role is None, open=context.role == "assistant")
         context.role = "between"
         self._push(turn, node.value)
 
@@ -454,7 +458,7 @@ class Task:
         if not context.unfed and context.logits is None:
             self._reopen()
         self.run.check_position(context.position + left)
-        constraint = self._constraint(spec, held)
+        constraint = self.engine.constraints.start(spec.type, held_space=held, stop=spec.stop)
         generation = Generation(spec, self.engine.tokenizer, constraint=constraint, held_space=held, limit=left)
         seed = self.run.seed if spec.seed is None else int(self._evaluate(spec.seed))
         key = draw_key(seed, self.run.input_index, self.here)
@@ -479,9 +483,6 @@ class Task:
             generation.logprobs if wants else (),
             generation.reason,
         )
-
-    def _constraint(self, spec: GenSpec, held: bool) -> Constraint | None:
-        return constraint_for(self.engine.tokenizer, spec.type, held_space=held)
 
     def _parameter(self, spec: GenSpec, name: str) -> float:
         expr = spec.sampling.get(name)
@@ -546,9 +547,7 @@ class Task:
             names: dict[str, Value] = {node.item: items[index]}
             if node.index is not None:
                 names[node.index] = index
-            return Branch(
-                str(index), None, node.region, names, None, False, node.limits, shares[index], generated
-            )
+            return Branch(str(index), None, node.region, names, None, False, node.limits, shares[index], generated)
 
         generated = (node.item,) if self._is_generated(node.over) else ()
         value = yield from self._run_branches(
@@ -611,7 +610,14 @@ class Task:
         generated = [name for name, value in node.args if self._is_generated(value)]
 
         value = yield from self._run_branches(
-            node.site, [None], branch, JoinSpec("first", 1), node.limits, needs, fresh=node.limits.fresh, callee=node.plan
+            node.site,
+            [None],
+            branch,
+            JoinSpec("first", 1),
+            node.limits,
+            needs,
+            fresh=node.limits.fresh,
+            callee=node.plan,
         )
         self._bind(node.name, value)
 
@@ -652,7 +658,13 @@ class Task:
             context.logits = logits
             self.engine.remember(context)
         state = ForkState(
-            self, site, len(labels), branch, JoinState(spec, labels, deterministic=self.run.deterministic), limits, needs
+            self,
+            site,
+            len(labels),
+            branch,
+            JoinState(spec, labels, deterministic=self.run.deterministic),
+            limits,
+            needs,
         )
         state.base_view = context.view
         state.callee = callee
@@ -671,9 +683,12 @@ class Task:
         if not result.failed and spec.context == "stitch" and winners:
             yield from self._stitch(state, winners)
         elif not result.failed and spec.context == "text":
+            self._open_assistant()
             text = "".join("".join(task.text) for task in winners)
-            self.context.push(self.engine.tokenizer.encode([(text, False)]), Row.REPREFILL)
+            ids = self.engine.tokenizer.encode([(text, False)], start=self.engine.is_blank(self.context))
+            self.context.push(ids, Row.REPREFILL)
             self.text.append(text)
+            self.run.check_position(self.context.position)
         for task in state.finished.values():
             task.context.drop()
         self.emit(Joined(self.here, state.site, result.ok, result.winners, result.value, result.failed))
