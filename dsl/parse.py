@@ -64,7 +64,9 @@ def read_source(path: str | PathLike[str]) -> Source:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         refuse("unreadable-file", f"`{name}` can't be read: {reason}", "check the path and its permissions")
     if len(data) > MAX_FILE_BYTES:
-        refuse("file-too-large", f"`{name}` is larger than {MAX_FILE_BYTES // 2**20} MiB", "split it into several files")
+        refuse(
+            "file-too-large", f"`{name}` is larger than {MAX_FILE_BYTES // 2**20} MiB", "split it into several files"
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -259,7 +261,8 @@ class _Builder(Transformer[Token, Any]):
                     "not-a-plan",
                     f"`{word.value}` is no plan",
                     _token_span(word),
-                    help=did_you_mean(word.value, ["plan"]) or f"a file holds plans: `{name.value} = plan(...) {{ ... }}`",
+                    help=did_you_mean(word.value, ["plan"])
+                    or f"a file holds plans: `{name.value} = plan(...) {{ ... }}`",
                 )
             )
         self._refuse_loose(start)
@@ -394,7 +397,9 @@ class _Builder(Transformer[Token, Any]):
         value = float(token.value)
         if not isfinite(value):
             self._errors.append(
-                Diagnostic("number-too-large", "this number is too large for a float", span, help="the largest is 1.8e308")
+                Diagnostic(
+                    "number-too-large", "this number is too large for a float", span, help="the largest is 1.8e308"
+                )
             )
             return ast.Float(0.0, span)
         return ast.Float(value, span)

@@ -344,7 +344,10 @@ class Shaper:
         if args.options:
             option = args.options[0]
             self._error(
-                "unknown-option", f"`{word}` has no option `{option.name}`", option.span, help=f"write `{EXAMPLES[word]}`"
+                "unknown-option",
+                f"`{word}` has no option `{option.name}`",
+                option.span,
+                help=f"write `{EXAMPLES[word]}`",
             )
             return None
         if not args.values:
@@ -417,7 +420,9 @@ class Shaper:
         usage += "`drop`, `text` or `stitch`; either may be left out"
         if word in _JOIN_VALUES or word in _JOIN_CONTEXTS:
             kind = "value" if word in _JOIN_VALUES else "context"
-            self._error("bad-join", f"`{word}` is out of place: a join has one value, then one context", span, help=usage)
+            self._error(
+                "bad-join", f"`{word}` is out of place: a join has one value, then one context", span, help=usage
+            )
             return
         close = did_you_mean(word, (*_JOIN_VALUES, *_JOIN_CONTEXTS)) if word else ""
         what = f"`{word}` is no join" if word else "this is no join"

@@ -58,9 +58,11 @@ def _bad_character(source: Source, at: int, open_brackets: list[Token]) -> Diagn
     if char in "&|":
         return Diagnostic("bad-character", f"`{char}` is no operator", span, help=f"write `{char * 2}`")
     if char in _QUOTES:
-        return Diagnostic("bad-character", f"`{char}` is no quote of the language", span, help='write `"` or `\'`')
+        return Diagnostic("bad-character", f"`{char}` is no quote of the language", span, help="write `\"` or `'`")
     shown = f"`{char}`" if char.isprintable() and not char.isspace() else "this character"
-    return Diagnostic("bad-character", f"{shown} (U+{ord(char):04X}) can't stand here", span, help="remove it, or put it in a string")
+    return Diagnostic(
+        "bad-character", f"{shown} (U+{ord(char):04X}) can't stand here", span, help="remove it, or put it in a string"
+    )
 
 
 def _unterminated(text: str, at: int) -> Diagnostic | None:
@@ -122,13 +124,18 @@ def _bad_token(
 
 
 def _missing_semicolon(end: int) -> Diagnostic:
-    return Diagnostic("missing-semicolon", "a `;` is missing", Span(max(0, end - 1), end), help="a statement ends in `;`")
+    return Diagnostic(
+        "missing-semicolon", "a `;` is missing", Span(max(0, end - 1), end), help="a statement ends in `;`"
+    )
 
 
 def _unclosed(source: Source, bracket: Token, found: Token | None) -> Diagnostic:
     start = bracket.start_pos or 0
     return Diagnostic(
-        "unclosed-bracket", f"`{bracket.value}` is never closed", Span(start, start + 1), help=f"close it with `{_CLOSES[bracket.value]}`"
+        "unclosed-bracket",
+        f"`{bracket.value}` is never closed",
+        Span(start, start + 1),
+        help=f"close it with `{_CLOSES[bracket.value]}`",
     )
 
 
