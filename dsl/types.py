@@ -75,7 +75,11 @@ class AnyType:
 
 Type: TypeAlias = Text | Int | Float | Bool | ListOf | Record | AnyType
 
-TEXT, INT, FLOAT, BOOL, ANY = Text(), Int(), Float(), Bool(), AnyType()
+TEXT: Type = Text()
+INT: Type = Int()
+FLOAT: Type = Float()
+BOOL: Type = Bool()
+ANY: Type = AnyType()
 
 _BOUNDS = ("text", "int", "float", "bool", "list")
 
