@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from anabranch.dsl import ast
 from anabranch.dsl.ast import Apply, Arg, Binary, Bool, Expr, Float, Index, Int, List, Name, Option, Str
-from anabranch.dsl.printer import print_program
+from anabranch.dsl.printer import print_plan
 from anabranch.dsl.spec import Value
 
 Kind: TypeAlias = Literal["text", "word", "int", "float", "bool", "texts", "words", "ints", "floats", "bools", "other"]
@@ -37,7 +37,7 @@ class Case:
     inputs: dict[str, Value]
 
     def __repr__(self) -> str:
-        return f"inputs = {self.inputs!r}\n{print_program(self.program)}"
+        return f"inputs = {self.inputs!r}\n{print_plan(self.program)}"
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ class _Block:
     continues: whether a gen without a prompt has something to go on from
     inside: product of the widths and rounds around the block
     depth: forks around it; budgeted: whether a budget is set around it
+    chat: whether the context has an assistant's turn that another turn may close and a text open again
     """
 
     names: dict[str, Kind]
@@ -141,6 +142,7 @@ class _Block:
     inside: int
     depth: int
     budgeted: bool = False
+    chat: bool = False
     stmts: list[ast.Stmt] = field(default_factory=list)
     own: dict[str, Kind] = field(default_factory=dict)
 
@@ -217,7 +219,7 @@ class _Maker:
             block.budgeted = True
         if self.chance(50):
             block.add(ast.Write("user", self.text(block)))
-            block.continues = True
+            block.continues = block.chat = True
         self.statements(block, 0, 2)
         self.forking(block)
         self.statements(block, 1, 3)
@@ -251,6 +253,7 @@ class _Maker:
             options += [(1, self.loop), (2, self.condition)]
         if block.depth:
             options.append((3, self.need))
+        if block.chat:
             options.append((1, self.turn))
         if self.helpers and may_fork:
             options.append((2, self.call))
@@ -431,9 +434,16 @@ class _Maker:
     def forking(self, block: _Block) -> None:
         self.weighted([(4, self.fork), (4, self.branches), (3, self.map)])(block)
 
-    def child(self, block: _Block, width: int, *, fresh: bool) -> _Block:
+    def child(self, block: _Block, width: int, options: Sequence[Option] = ()) -> _Block:
+        written = {option.name for option in options}
+        fresh = "fresh" in written
         return _Block(
-            dict(block.names), block.continues and not fresh, block.inside * width, block.depth + 1, block.budgeted
+            names=dict(block.names),
+            continues=block.continues and not fresh,
+            inside=block.inside * width,
+            depth=block.depth + 1,
+            budgeted=block.budgeted or "budget" in written,
+            chat=block.chat and not fresh,
         )
 
     def width(self, block: _Block) -> int:
@@ -445,7 +455,7 @@ class _Maker:
         if dynamic:
             width = 3
         fresh, options = self.fork_options(block, width)
-        child = self.child(block, width, fresh=fresh)
+        child = self.child(block, width, options)
         index = self.name() if self.chance(30) else None
         if index is not None:
             child.names[index] = "int"
@@ -462,7 +472,7 @@ class _Maker:
         if dynamic and "n" not in block.names:
             options = [option for option in options if option.name != "upto"]
         block.add(ast.Fork(name, index, size, tuple(options), body, join))
-        self.joined(block, name, yields, join, width)
+        self.joined(block, name, yields, join, width, [child], options)
 
     def branches(self, block: _Block) -> None:
         width = self.width(block)
@@ -470,18 +480,21 @@ class _Maker:
         join, key = self.join(width, fresh=fresh, several=True)
         share = self.weighted([(2, False), (1, True)])
         written = []
+        children = []
         kinds = []
         for _ in range(width):
-            child = self.child(block, width, fresh=fresh)
+            child = self.child(block, width, options)
             prompt = self.text(child) if self.chance(60) else None
             if prompt is not None:
                 child.continues = True
+            children.append(child)
             self.body(child)
             if key is not None:
                 self.ensure_key(child, key)
                 child.add(ast.Return(Name(key)))
                 body, kind = child.done(), child.names[key]
-            elif share:
+            elif share or (join is not None and join.value is not None and join.value.kind != "all"):
+                # What is picked among branches must be of one type, whichever is picked.
                 body, kind = child.done(), "text"
             else:
                 body, kind = self.ended(child)
@@ -493,7 +506,7 @@ class _Maker:
         options += self.fallback(yields)
         name = self.name()
         block.add(ast.Branches(name, tuple(options), tuple(written), join))
-        self.joined(block, name, yields, join, width)
+        self.joined(block, name, yields, join, width, children, options)
 
     def map(self, block: _Block) -> None:
         sources = self.of_kind(block, "texts", "words", "ints")
@@ -507,7 +520,7 @@ class _Maker:
         fresh, options = self.fork_options(block, width)
         if isinstance(over, Name):
             options.append(Option("upto", Int(4)))
-        child = self.child(block, width, fresh=fresh)
+        child = self.child(block, width, options)
         item = self.name()
         child.names[item] = item_kind
         index = self.name() if self.chance(25) else None
@@ -522,7 +535,7 @@ class _Maker:
         options += self.fallback(yields)
         name = self.name()
         block.add(ast.Map(name, index, item, over, tuple(options), body, join))
-        self.joined(block, name, yields, join, width)
+        self.joined(block, name, yields, join, width, [child], options)
 
     def body(self, child: _Block) -> None:
         self.statements(child, 1, 2 if child.depth > 1 else 3)
@@ -610,18 +623,26 @@ class _Maker:
         }
         return [Option("fallback", literals[kind])] if kind in literals and self.chance(45) else []
 
-    def joined(self, block: _Block, name: str, kind: Kind, join: ast.Join | None, width: int) -> None:
+    def joined(
+        self,
+        block: _Block,
+        name: str,
+        kind: Kind,
+        join: ast.Join | None,
+        width: int,
+        children: Sequence[_Block],
+        options: Sequence[Option],
+    ) -> None:
+        has_fallback = any(option.name == "fallback" for option in options)
         block.bind(name, kind)
-        context = "drop" if join is None or join.context is None else join.context.kind
-        if context == "stitch":
-            value = None if join is None else join.value
-            one = value is not None and (
-                value.kind not in ("all", "first") or (value.kind == "first" and value.count == Int(1))
-            )
-            block.continues = block.continues and (one or width == 1)
-        elif context == "text":
-            # The text may turn out to be empty, and then there is only what stood before.
-            pass
+        # After `text` there may be nothing but what stood before, since the branches' text may be empty.
+        if join is not None and join.context is not None and join.context.kind == "stitch":
+            value = join.value
+            picks = value is not None and value.kind in ("vote", "best", "quorum")
+            first = value is not None and value.kind == "first" and value.count == Int(1)
+            one = (picks or first or width == 1) and all(child.continues for child in children)
+            # With a fallback the context may also be what it was before.
+            block.continues = one and (block.continues or not has_fallback)
 
     def reduce(self, block: _Block) -> None:
         sources = self.of_kind(block, "texts", "words", "ints")
@@ -629,7 +650,7 @@ class _Maker:
             self.gen(block)
             return
         over = self.pick(sources)
-        child = self.child(block, 3, fresh=False)
+        child = self.child(block, 3)
         item = self.name()
         child.names[item] = block.names[over]
         child.add(ast.Write("text", Str(("m: ", Name(item)))))
