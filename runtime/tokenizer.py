@@ -259,7 +259,7 @@ def byte_level_spec(
 # Pairs that a small vocabulary merges, in order: English fragments; tokens that run over a word's, a sentence's or a
 # line's end, so that stops fall inside a token; and pieces of UTF-8 characters, so that text ends inside one.
 _BYTE_MERGES = (
-    "t h  th e  Ġ the  Ġ t  i n  e r  a n  o n  Ġ a  r e  e s  o r  an d  in g  y e  ye s  n o  Ġ s  s Ġ  e Ġ  d Ġ  "
+    "t h  th e  Ġ the  Ġ t  i n  e r  a n  o n  Ġ a  r e  e s  o r  an d  in g  y es  n o  Ġ s  s Ġ  e Ġ  d Ġ  "
     ". Ġ  , Ġ  : Ġ  . Ċ  Ċ Ċ  u e  t r  tr ue  1 2  f a  Ã ©  â Ģ  âĢ Ļ  © Ġ  ] ]  Ġ Ġ"
 )
 BYTE_SPECIALS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
