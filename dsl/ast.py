@@ -122,7 +122,7 @@ class Arg:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """A call inside an expression: `len`, `lines`, `in`, `matches`, a type such as `choice("a")`, or a host function."""
+    """A call inside an expression: `len`, `lines`, `in`, `matches`, a type (`choice("a")`), or a host function."""
 
     function: str
     args: tuple[Arg, ...]

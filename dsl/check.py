@@ -768,12 +768,22 @@ class _Checker:
         key = spec.key or ""
         shown = f"quorum({spec.count}, {key})" if spec.kind == "quorum" else f"{spec.kind}({key})"
         found: Type | None = None
-        for arm in arms:
-            if key not in arm.given:
-                paths = key_paths(arm.body, key)
-                if not paths.always:
-                    self._unbound_key(arm, arms, key, shown, span, paths.sometimes)
-                    continue
+        paths = [key_paths(arm.body, key) for arm in arms]
+        example = next((path.gen for path in paths if path.gen is not None), None)
+        for arm, path in zip(arms, paths, strict=True):
+            if key not in arm.given and not path.always:
+                one_body = len(arms) == 1 and arm.label is None
+                self.error(
+                    "unbound-key",
+                    f"`{shown}` needs `{key}` in every branch",
+                    span if one_body else arm.span,
+                    note=("the branch " if one_body else "")
+                    + (f"does not bind `{key}` on every path" if path.sometimes else f"never binds `{key}`"),
+                    help=f"bind `{key}` in every arm, and before every `return`"
+                    if path.sometimes
+                    else f"add `{show_gen(key, example)}`",
+                )
+                continue
             binding = arm.scope.names.get(key)
             t = ANY if binding is None else binding.type
             if binding is not None:
@@ -792,20 +802,6 @@ class _Checker:
                 )
                 return ANY
         return ANY if found is None else found
-
-    def _unbound_key(self, arm: _Arm, arms: Sequence[_Arm], key: str, shown: str, span: Span, sometimes: bool) -> None:
-        example = next((g for other in arms if (g := key_paths(other.body, key).gen) is not None), None)
-        verb = "does not bind `{}` on every path" if sometimes else "never binds `{}`"
-        labelled = len(arms) > 1 or arm.label is not None
-        self.error(
-            "unbound-key",
-            f"`{shown}` needs `{key}` in every branch",
-            arm.span if labelled else span,
-            note=("" if labelled else "the branch ") + verb.format(key),
-            help=f"add `{show_gen(key, example)}`"
-            if not sometimes
-            else f"bind `{key}` in every arm, and before every `return`",
-        )
 
     def _fallback(self, own: Limits, value: Type, what: str, scope: Scope) -> None:
         if own.fallback is None:

@@ -45,7 +45,7 @@ def attend_causal(
     mask: [num_rows, num_keys] added besides, or None
     Returns out [num_rows, num_heads, head_dim] and lse [num_rows, num_heads].
     """
-    rows, heads, dim = q.shape
+    rows, heads, _ = q.shape
     kv_heads, keys, _ = k.shape
     queries = q.transpose(0, 1)[None]
     group = heads // kv_heads
@@ -82,7 +82,7 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: 
     """The definition of the three above: plain masked attention.
 
     q: [num_rows, num_heads, head_dim]; k, v: [num_kv_heads, num_keys, head_dim]; visible: bool [num_rows, num_keys]
-    Returns out [num_rows, num_heads, head_dim] and lse [num_rows, num_heads]; a row that sees nothing has lse -inf and out 0.
+    Returns out [num_rows, num_heads, head_dim] and lse [num_rows, num_heads]; for a row that sees nothing, 0 and -inf.
     """
     group = q.shape[1] // k.shape[0]
     keys = k.repeat_interleave(group, dim=0)

@@ -18,8 +18,8 @@ from anabranch.kernels.merge_states import merge_states
 from anabranch.kernels.rope import rotate
 from anabranch.kernels.segment_attention import attend_causal, attend_shared, attend_tails
 from anabranch.runtime.config import ModelConfig
-from anabranch.runtime.model import rope_table
 from anabranch.runtime.pages import KvStore, Segment, View
+from anabranch.runtime.rope import rope_table
 
 # A run of this many tokens that one row alone sees is read in place; a shorter one is cheaper to copy into the padded
 # call (benchmarks/attention.py).
@@ -131,9 +131,8 @@ class StepAttention:
             queries = rotate(q[self._rows], self._cos, self._sin)
         window = self._config.sliding_window[layer] if self._config.sliding_window else None
         states = [self._run(call, queries, store_k, store_v, window) for call in self._calls]
-        if self._num_parts == 1:
-            if len(states) == 1 and self._calls[0].rows.numel() == self.num_rows:
-                return states[0][0][self._order] if self._order is not None else states[0][0]
+        if self._num_parts == 1 and len(states) == 1 and self._calls[0].rows.numel() == self.num_rows:
+            return states[0][0][self._order] if self._order is not None else states[0][0]
         heads, dim = q.shape[1], q.shape[2]
         out = q.new_zeros(self.num_rows, self._num_parts, heads, dim)
         lse = q.new_full((self.num_rows, self._num_parts, heads), float("-inf"))
@@ -169,8 +168,8 @@ class StepAttention:
             for shift, slots in _link_slots(link).items():
                 by_shift.setdefault(shift, _Slots()).extend(slots)
         tails: dict[int, _Slots] = {}
-        for numbers, by_shift in groups.items():
-            rows = [first_rows[n] + i for n in numbers for i in range(blocks[n].count)]
+        for members, by_shift in groups.items():
+            rows = [first_rows[n] + i for n in members for i in range(blocks[n].count)]
             for shift, slots in by_shift.items():
                 extended = [self._extend(row, shift) for row in rows]
                 if len(rows) > 1 or slots.length >= OWN_CALL_TOKENS:
@@ -182,8 +181,8 @@ class StepAttention:
         buckets: dict[int, list[int]] = {}
         for extended_row, slots in tails.items():
             buckets.setdefault(max(6, (slots.length - 1).bit_length()), []).append(extended_row)
-        for _, members in sorted(buckets.items()):
-            self._calls.append(_Call("tails", torch.tensor(members), [tails[m] for m in members]))
+        for _, extended_rows in sorted(buckets.items()):
+            self._calls.append(_Call("tails", torch.tensor(extended_rows), [tails[r] for r in extended_rows]))
 
     def _plan_own(self, block: Block, first_row: int, tails: dict[int, _Slots]) -> None:
         stop = block.first + block.count

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 Ints: TypeAlias = NDArray[np.int32]
 
 MAX_STATES = 20_000  # a byte DFA of this many states takes 20 MB
-MAX_EDGES = 1 << 25  # (state, token) pairs of one automaton: 256 MB
+MAX_EDGES = 1 << 22  # (state, token) pairs of one automaton: 32 MB and about half a second
+_SLICE = 64  # states walked at once
 FAR = 1 << 30  # the distance of a state from which no value can be reached
 
 
@@ -347,10 +348,10 @@ class _Level:
 class Vocabulary:
     """A tokenizer's tokens as a byte trie. Special tokens and those without bytes are left out.
 
-    size: number of token ids
+    size: number of token ids; bits: that of a packed mask, a multiple of 32
     eos_ids: the end-of-turn tokens
     texts: the bytes of each token, b"" for those left out; lengths: int32 [size], how many
-    by_text: the lowest id of each text
+    by_text: the lowest id of each text; single_bytes: those of one byte
     newlines: int32 [size], how many line ends each token holds
     """
 
@@ -364,10 +365,12 @@ class Vocabulary:
             if token not in self.eos_ids and not tokenizer.is_special(token) and (data := tokenizer.token_bytes(token))
         }
         self.texts = [texts.get(token, b"") for token in range(self.size)]
+        self.bits = (self.size + 31) // 32 * 32
         self.lengths = np.array([len(t) for t in self.texts], dtype=np.int32)
         self.by_text: dict[bytes, int] = {}
         for token, data in texts.items():
             self.by_text.setdefault(data, token)
+        self.single_bytes = [token for text, token in self.by_text.items() if len(text) == 1]
         order = sorted(texts, key=texts.__getitem__)
         self.newlines = np.zeros(self.size, dtype=np.int32)
         for token, data in texts.items():
@@ -378,37 +381,50 @@ class Vocabulary:
     def holding(self, any_of_these: bytes) -> NDArray[np.uint8]:
         """uint8 [32 * ceil(size/32)]: 1 for the tokens that hold one of these bytes."""
         if any_of_these not in self._holding:
-            bits = np.zeros((self.size + 31) // 32 * 32, dtype=np.uint8)
+            bits = np.zeros(self.bits, dtype=np.uint8)
             bits[: self.size] = [any(b in any_of_these for b in text) for text in self.texts]
             self._holding[any_of_these] = bits
         return self._holding[any_of_these]
 
     def walk(self, dfa: Dfa) -> Edges:
         """Every token's move from every state of `dfa`. Raises TooLarge above `MAX_EDGES` moves."""
-        found: list[tuple[Ints, Ints, Ints]] = []
+        parts: list[tuple[Ints, Ints, Ints]] = []
         total = 0
         # In slices, so that the widest level of the trie is never laid out for all states at once.
-        for low in range(0, len(dfa.step), 256):
-            origin = np.arange(low, min(low + 256, len(dfa.step)), dtype=np.int32)
-            state, node = origin, np.zeros(len(origin), dtype=np.int64)
-            for above, level in zip(self.levels, self.levels[1:], strict=False):
-                picks, child = _spread(above.children, node)
-                state = dfa.step[state[picks], level.byte[child]]
-                alive = state >= 0
-                origin, state, node = origin[picks][alive], state[alive], child[alive]
-                if not len(node):
-                    break
-                picks, at = _spread(level.ends, node)
-                found.append((origin[picks], level.tokens[at], state[picks]))
-                total += len(at)
-                if total > MAX_EDGES:
-                    raise TooLarge("the type allows too many tokens in too many states")
-        origin, token, target = (
-            (np.concatenate(part) for part in zip(*found, strict=True)) if found else (np.zeros(0, np.int32),) * 3
-        )
-        order = np.lexsort((token, origin))
+        for low in range(0, len(dfa.step), _SLICE):
+            part = self._walk_from(dfa, np.arange(low, min(low + _SLICE, len(dfa.step)), dtype=np.int32))
+            parts.append(part)
+            total += len(part[0])
+            if total > MAX_EDGES:
+                raise TooLarge("the type allows too many tokens in too many states")
+        origin, token, target = (np.concatenate(part) for part in zip(*parts, strict=True))
         counts = np.bincount(origin, minlength=len(dfa.step))
-        return Edges(np.concatenate(([0], counts.cumsum())), token[order], target[order])
+        return Edges(np.concatenate(([0], counts.cumsum())), token, target)
+
+    def _walk_from(self, dfa: Dfa, states: Ints) -> tuple[Ints, Ints, Ints]:
+        """(origin, token, target) of the moves from consecutive `states`, ordered by origin and token."""
+        origin, state, node = states, states, np.zeros(len(states), dtype=np.int64)
+        found: list[tuple[Ints, Ints, Ints]] = []
+        for above, level in zip(self.levels, self.levels[1:], strict=False):
+            picks, child = _spread(above.children, node)
+            state = dfa.step[state[picks], level.byte[child]]
+            alive = state >= 0
+            origin, state, node = origin[picks][alive], state[alive], child[alive]
+            if not len(node):
+                break
+            picks, at = _spread(level.ends, node)
+            found.append((origin[picks], level.tokens[at], state[picks]))
+        if not found:
+            return (np.zeros(0, np.int32),) * 3
+        origin, token, target = (np.concatenate(part) for part in zip(*found, strict=True))
+        if len(token) * 16 < len(states) * self.size:
+            order = np.lexsort((token, origin))
+            return origin[order], token[order], target[order]
+        # Dense: laying the moves out in a table costs less than sorting them.
+        table = np.full((len(states), self.size), -1, dtype=np.int32)
+        table[origin - states[0], token] = target
+        rows, columns = (table >= 0).nonzero()
+        return rows.astype(np.int32) + states[0], columns.astype(np.int32), table[rows, columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -431,9 +447,10 @@ class Edges:
         at = moves.start + int(np.searchsorted(self.token[moves], token))
         return at if at < moves.stop and self.token[at] == token else None
 
-    def pairs(self) -> tuple[NDArray[np.int64], Ints]:
-        """(state, target) of the moves."""
-        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start)), self.target
+    @property
+    def origin(self) -> NDArray[np.int64]:
+        """int64 [moves]: the state that each leaves."""
+        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
 
 
 def _spread(start: NDArray[np.int64], node: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -579,8 +596,7 @@ class LinesAutomaton:
 
         A move that ends more lines than `most` leaves is not taken; beyond `need` that is always most - least lines.
         """
-        origin, target = self.edges.pairs()
-        moves = np.unique(np.column_stack([origin, self.ended, target]), axis=0)
+        moves = _distinct(self.edges.origin, self.ended, self.edges.target)
         out = np.full((self.least + 1, self.width), FAR, dtype=np.int64)
         for need in range(self.least + 1):
             room = need + self.most - self.least
@@ -669,9 +685,15 @@ class _Masks:
         return found
 
 
+def _distinct(*columns: NDArray[Any]) -> NDArray[np.int64]:
+    """The distinct rows of `columns` (numbers from 0), [rows, columns]."""
+    shape = tuple(int(column.max(initial=0)) + 1 for column in columns)
+    return np.column_stack(np.unravel_index(np.unique(np.ravel_multi_index(columns, shape)), shape))
+
+
 def _distances(accepting: NDArray[np.bool_], edges: Edges) -> NDArray[np.int64]:
     """The fewest tokens from each state to an accepting one."""
-    moves = np.unique(np.column_stack(edges.pairs()), axis=0)
+    moves = _distinct(edges.origin, edges.target)
     out = np.where(accepting, 0, FAR).astype(np.int64)
     while len(moves):
         nearer = out.copy()
@@ -702,8 +724,7 @@ def tables(automaton: DfaAutomaton) -> Tables:
     """`automaton` as dense tables: 4 bytes a state and token."""
     size = automaton.vocabulary.size
     states = len(automaton.distances)
-    origin, target = automaton.edges.pairs()
     next_state = np.full((states, size), -1, dtype=np.int32)
-    next_state[origin, automaton.edges.token] = target
+    next_state[automaton.edges.origin, automaton.edges.token] = automaton.edges.target
     mask = np.stack([automaton.mask(state, FAR) for state in range(states)])
     return Tables(next_state, mask, automaton.distances.astype(np.int32), automaton.dfa.final)

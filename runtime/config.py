@@ -261,6 +261,8 @@ class _Reader:
         if data.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise self.refuse(f"`partial_rotary_factor` {data['partial_rotary_factor']!r} is not supported")
         theta = self.number("rope_theta", self.number("rope_theta", 10000.0), data=data)
+        if theta <= 1:
+            raise self.refuse(f"`rope_theta` is {theta}, not above 1")
         if kind == "default":
             return RopeConfig(theta=theta)
         factor = self.number("factor", data=data)

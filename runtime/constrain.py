@@ -112,15 +112,14 @@ class MatcherConstraint:
     """A walk through an llguidance grammar.
 
     llguidance does not say how far a value is. So, when the budget gets near what closing the value takes, `closing`
-    looks for a way to close it; while there is more room than that and a margin every token of the grammar is allowed
-    (in json, none that opens another list or record), and from there on only the way that was found. Steering is thus a
-    best effort: a value can still be cut off if no way was found, or if one token made it longer than the margin.
+    looks for a way to close it; while there is more room than that and a margin, every token of the grammar is allowed
+    (in json, none that opens another list or record), and from there on only the way that was found, or the end of the
+    turn if the text is a value already. Steering is thus a best effort: a value can still be cut off if no way was
+    found, or if one token made it longer than the margin.
 
     grammar: an llguidance grammar of the value with what may stand around it
     value: the grammar of the value alone
     """
-
-    MARGIN = 8  # tokens; in json the longest `": ` + opening after one token is about that
 
     def __init__(self, vocabulary: Vocabulary, grammar: str, value: str, *, held_space: bool, is_json: bool) -> None:
         self._vocabulary = vocabulary
@@ -130,8 +129,8 @@ class MatcherConstraint:
         self._matcher = _matcher(vocabulary, grammar)
         self._data = bytearray()
         self._way: list[int] = []  # the rest of the closing that is being forced
-        self._whole: int | None = None  # tokens of the shortest value found from the start
-        self._looked = False
+        self._whole: int | None = None  # tokens of the value that `closing` finds from the start
+        self._margin = 8 if is_json else 2  # in json one token can begin a further `, "key": value`
 
     @property
     def accepting(self) -> bool:
@@ -145,24 +144,31 @@ class MatcherConstraint:
         if self._way:
             return torch.from_numpy(pack(self._way[:1], self._vocabulary.size))
         bits = self._bits(self._matcher)
-        if not self._looked:
-            self._whole = len(way) if (way := self.closing(left)) is not None else None
-            self._looked = True
-        if self._whole is not None and left <= 2 * self._whole + 4 * self.MARGIN and not self.accepting:
-            way = self.closing(left)
-            if way and left <= len(way) + self.MARGIN:
-                self._way = way
-                return torch.from_numpy(pack(way[:1], self._vocabulary.size))
-            if self._is_json and not _in_string(self._data):
-                bits = self._without_openings(bits)
-        return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
+        if self._whole is None:
+            self._whole = len(self.closing(left) or ())
+        if left > 2 * self._whole + 4 * self._margin:
+            return _packed(bits)
+        if self.accepting:
+            return (
+                _packed(bits)
+                if left > 2
+                else torch.from_numpy(pack((), self._vocabulary.size, self._vocabulary.eos_ids))
+            )
+        way = self.closing(left)
+        if way and left <= len(way) + self._margin:
+            self._way = way
+            return torch.from_numpy(pack(way[:1], self._vocabulary.size))
+        if self._is_json and not _in_string(self._data):
+            bits = self._without_openings(bits)
+        return _packed(bits)
 
     def _bits(self, matcher: Any) -> NDArray[np.uint8]:
         """uint8 [32 * ceil(vocab/32)], 1 where a token may come next."""
         words = matcher.compute_bitmask()
         if matcher.is_error():
             raise ConstraintError(_reason(matcher.get_error()))
-        return np.unpackbits(np.frombuffer(words, dtype=np.uint8), bitorder="little")
+        # llguidance adds a bit of its own after the last token.
+        return np.unpackbits(np.frombuffer(words, dtype=np.uint8), count=self._vocabulary.bits, bitorder="little")
 
     def _without_openings(self, bits: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Without what begins another list or record, if anything is left."""
@@ -181,7 +187,11 @@ class MatcherConstraint:
             if len(way) >= min(most, _LONGEST_CLOSING):
                 return None
             bits = self._bits(matcher)
-            token = self._closer(bits, _in_string(data)) if self._is_json else self._longest(bits)
+            if self._is_json:
+                token = self._closer(bits, _in_string(data))
+            else:
+                last = self._last(matcher, bits)
+                token = self._longest(bits) if last is None else last
             if token is None or not matcher.consume_token(token):
                 return None
             data += self._vocabulary.texts[token]
@@ -194,6 +204,16 @@ class MatcherConstraint:
             if token is not None and bits[token]:
                 return token
         return self._longest(bits)
+
+    def _last(self, matcher: Any, bits: NDArray[np.uint8]) -> int | None:
+        """An allowed token of one byte after which the text is a value."""
+        for token in self._vocabulary.single_bytes:
+            if bits[token] and matcher.consume_token(token):
+                ends = matcher.is_accepting() or matcher.is_stopped()
+                matcher.rollback(1)
+                if ends:
+                    return token
+        return None
 
     def _longest(self, bits: NDArray[np.uint8]) -> int | None:
         """The allowed token of most bytes, the lowest id of equals; a forced text or a counted one ends soonest so."""
@@ -220,6 +240,10 @@ _LONGEST_CLOSING = 256
 # What ends something first: a record, a list, an item; then the shortest values.
 _CLOSERS = (b"}", b"]", b",", b", ", b":", b": ", b"0", b"1", b"null", b"true", b"false", b'""', b'"')
 _CLOSERS_IN_STRING = (b'"',)
+
+
+def _packed(bits: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
 
 
 class ConstraintError(ValueError):

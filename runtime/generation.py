@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, assert_never
 
+import torch
 from torch import Tensor
 
 from anabranch.dsl.spec import (
@@ -28,7 +29,7 @@ from anabranch.dsl.spec import (
     Value,
 )
 from anabranch.runtime.automata import TokenizerLike, encode_longest
-from anabranch.runtime.constrain import Constraint
+from anabranch.runtime.constrain import Constraint, ConstraintError
 
 End: TypeAlias = Literal["max", "stop", "end_of_turn", "complete", "failed", "truncated", "cancelled"]
 
@@ -93,7 +94,11 @@ class Generation:
         """
         if self._constraint is None:
             return None
-        mask = self._constraint.mask(self.left)
+        try:
+            mask = self._constraint.mask(self.left)
+        except ConstraintError as error:
+            self.cut("failed", str(error))
+            return torch.zeros((self._tokenizer.vocab_size + 31) // 32, dtype=torch.int32)
         if not bool(mask.any()):
             self.cut("failed", f"no value of its type fits in the {self.left} tokens that are left")
         return mask

@@ -148,9 +148,10 @@ class JoinState:
 
     def _tally(self, ends: Sequence[Ended]) -> dict[Hashable, list[Ended]]:
         tally: dict[Hashable, list[Ended]] = {}
+        key_name = self.spec.key or ""
         for ended in ends:
-            if ended.status == "ok" and self.spec.key in ended.names:
-                key = vote_key(ended.names[self.spec.key], self.spec.by)
+            if ended.status == "ok" and key_name in ended.names:
+                key = vote_key(ended.names[key_name], self.spec.by)
                 if key is not None:
                     tally.setdefault(key, []).append(ended)
         if self.spec.kind == "quorum":

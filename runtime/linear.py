@@ -14,11 +14,16 @@ def has_packed_linear() -> bool:
 class Linear:
     """x @ weight.T + bias.
 
-    In fp32 on a CPU the weight is packed once into oneDNN's blocked layout and the plain copy is not kept. Microseconds
-    per call on SmolLM2's shapes, F.linear / packed, one thread of an AMD EPYC (Zen 5, AVX-512), benchmarks/linear.py:
-        rows            1           2           8          32          64         512
-    A packed weight gives a row the same bits for any number of rows from 2 (benchmarks/linear.py checks it); one row
-    alone may differ, so `Decoder` pads it to two.
+    In fp32 on a CPU the weight is packed once into oneDNN's blocked layout and the plain copy is not kept. Milliseconds
+    for all linears of SmolLM2 (at 512 rows without the LM head), summed from benchmarks/linear.py on one thread of an
+    AMD EPYC (Zen 5, AVX-512):
+
+        rows        1     2     8    32    64   512
+        F.linear   31    55    57   119   194  1037
+        packed     16    17    22    48    81   448
+
+    A packed weight gives a row the same bits for any number of rows from 2, as the same script checks; one row alone
+    may differ, so `Decoder` pads it to two.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

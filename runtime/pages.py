@@ -134,7 +134,7 @@ class PagePool:
 
 
 class Segment:
-    """Append-only tokens of one thread, from position `start` on. `length` counts the tokens whose K and V are written."""
+    """Append-only tokens of one thread, from position `start` on; `length` counts those whose K and V are written."""
 
     __slots__ = ("expect", "ids", "length", "pages", "pool", "reach", "ref_count", "sealed", "start")
 
@@ -242,7 +242,7 @@ class View:
         self.parent = parent
         self.entries = tuple(e for e in entries if e.segment.length)
         self.num_tokens = sum(e.segment.length for e in self.entries)
-        self.total_tokens = self.num_tokens + (parent.total_tokens if parent else 0)
+        self.total_tokens: int = self.num_tokens + (parent.total_tokens if parent else 0)
         self.depth: int = parent.depth + 1 if parent else 0
         self.ref_count = 1
         # Device-side addresses, filled by the attention planner: a link never changes once made.

@@ -32,7 +32,11 @@ def random_config(tokenizer: Tokenizer) -> ModelConfig:
 
 
 def random_weights(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> dict[str, Tensor]:
-    """Weights by Hugging Face name, fp32, the same for the same seed on every machine."""
+    """Weights by Hugging Face name, fp32, the same for the same seed on every machine.
+
+    Entry 0 of the residual stream is the same for every token and no layer reads or writes it, so column 0 of the LM
+    head acts as a bias: it makes text mostly ASCII and ends a turn now and then.
+    """
     # NumPy's stream, because torch's normal draws depend on the processor's vector width.
     generator = np.random.Generator(np.random.PCG64(seed))
 
@@ -43,22 +47,56 @@ def random_weights(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> dict
         """Keeps the size of a vector of unit entries, times `gain`."""
         return normal(out_features, in_features, gain / in_features**0.5)
 
+    def reader(out_features: int, gain: float) -> Tensor:
+        """Reads the residual stream, except entry 0."""
+        weight = linear(out_features, hidden, gain)
+        weight[:, 0] = 0
+        return weight
+
+    def writer(in_features: int, gain: float) -> Tensor:
+        """Writes to the residual stream, except to entry 0."""
+        weight = linear(hidden, in_features, gain)
+        weight[0] = 0
+        return weight
+
     hidden, head_dim, ff = config.hidden_size, config.head_dim, config.intermediate_size
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    weights = {"model.embed_tokens.weight": normal(config.vocab_size, hidden, 1.0)}
+    embedding = normal(config.vocab_size, hidden, 1.0)
+    embedding[:, 0] = _CONSTANT
+    weights = {"model.embed_tokens.weight": embedding}
     for i in range(config.num_layers):
         prefix = f"model.layers.{i}."
         weights |= {
             f"{prefix}input_layernorm.weight": torch.ones(hidden),
-            f"{prefix}self_attn.q_proj.weight": linear(q_size, hidden, 1.5),
-            f"{prefix}self_attn.k_proj.weight": linear(kv_size, hidden, 1.5),
-            f"{prefix}self_attn.v_proj.weight": linear(kv_size, hidden, 1.5),
-            f"{prefix}self_attn.o_proj.weight": linear(hidden, q_size, 1.5),
+            f"{prefix}self_attn.q_proj.weight": reader(q_size, 1.5),
+            f"{prefix}self_attn.k_proj.weight": reader(kv_size, 1.5),
+            f"{prefix}self_attn.v_proj.weight": reader(kv_size, 1.5),
+            f"{prefix}self_attn.o_proj.weight": writer(q_size, 1.5),
             f"{prefix}post_attention_layernorm.weight": torch.ones(hidden),
-            f"{prefix}mlp.gate_proj.weight": linear(ff, hidden, 1.0),
-            f"{prefix}mlp.up_proj.weight": linear(ff, hidden, 1.0),
-            f"{prefix}mlp.down_proj.weight": linear(hidden, ff, 1.0),
+            f"{prefix}mlp.gate_proj.weight": reader(ff, 1.0),
+            f"{prefix}mlp.up_proj.weight": reader(ff, 1.0),
+            f"{prefix}mlp.down_proj.weight": writer(ff, 1.0),
         }
     weights["model.norm.weight"] = torch.ones(hidden)
-    weights["lm_head.weight"] = linear(config.vocab_size, hidden, 2.0)
+    lm_head = linear(config.vocab_size, hidden, 2.0)
+    # End-of-turn tokens vary less from place to place than others, so that no text ends at once and none never does.
+    lm_head[sorted(tokenizer.eos_ids)] *= 0.5
+    lm_head[:, 0] = torch.tensor([_bias(tokenizer, i) for i in range(config.vocab_size)])
+    weights["lm_head.weight"] = lm_head
     return weights
+
+
+# Large beside the other entries, which are near 1, so that what remains of it after the final norm hardly varies.
+_CONSTANT = 4.0
+
+
+def _bias(tokenizer: Tokenizer, id: int) -> float:
+    """Added to a token's logit, up to the factor (near 2) that the final norm leaves of `_CONSTANT`."""
+    if id in tokenizer.eos_ids:
+        return 1.7
+    if tokenizer.is_special(id):
+        return -3.0
+    text = tokenizer.token_bytes(id)
+    if len(text) == 1 and not (text.isalnum() or text in b" \n.,:;"):
+        return -2.0 if text[0] >= 0x80 or text[0] < 0x20 else -0.5
+    return 0.5
