@@ -39,6 +39,7 @@ from anabranch.runtime.layout import Claim, Draw, Layout, LayoutBuilder
 from anabranch.runtime.tokenizer import Piece, Tokenizer
 from anabranch.runtime.verdict import Branch, Undecided, Verdict, decide
 
+Evaluated = TypeVar("Evaluated")
 AwaitedEvent = TypeVar("AwaitedEvent", GenEnded, HostCalled, Joined)
 
 
@@ -106,12 +107,14 @@ def check_run(
     rows: Sequence[LogitsRow],
     *,
     tolerance: float,
+    logprob_tolerance: float = 1e-5,
     dtype: torch.dtype = torch.float64,
 ) -> Report:
     """Law 1: forced to the engine's own tokens, the reference gives the engine's logits.
 
     rows: one for each token the engine drew
-    tolerance: largest absolute difference of a logit, and of a log-probability
+    tolerance: largest absolute difference of a logit
+    logprob_tolerance: the same of a log-probability, which the engine computes in fp32 whatever the model's dtype
     Raises ReferenceMismatch naming the thread and the draw.
     """
     drawn = {(row.path, row.index): row.token for row in rows}
@@ -139,12 +142,12 @@ def check_run(
     scores = torch.log_softmax(logits, dim=-1)
     for draw, logprob in layout.logprobs:
         expected = float(scores[draw.after, draw.token])
-        if not abs(expected - logprob) <= tolerance:
+        if not abs(expected - logprob) <= logprob_tolerance:
             raise ReferenceMismatch(
                 draw.path, f"the log-probability of draw {draw.index} is {logprob!r}, the reference has {expected!r}"
             )
     for claim in layout.claims:
-        _check_claim(claim, scores, tolerance)
+        _check_claim(claim, scores, logprob_tolerance)
     return Report(layout, len(rows), len(layout.logprobs), worst, worst_at)
 
 
@@ -243,7 +246,7 @@ class _Arm:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """How a branch ended. `thread`: of its last try; None if it never began."""
+    """How a branch ended. `thread`: of its last try, with the tokens of all; None if it never began."""
 
     status: Status
     value: Value = None
@@ -470,17 +473,34 @@ class _Run:
                 assert_never(stmt)
 
     def _value(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> Value:
+        return self._evaluated(thread, lambda call: values.evaluate(expr, scope, call))
+
+    def _pieces(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> tuple[Piece, ...]:
+        """The text of a statement in parts: (text, whether special tokens in it count)."""
+        return self._evaluated(thread, lambda call: values.parts(expr, scope, call))
+
+    def _evaluated(self, thread: _Thread, evaluate: Callable[[values.Call], Evaluated]) -> Evaluated:
+        """Evaluate with the recorded results of the caller's functions. Raises _Failed."""
+        stopped: list[Exception] = []
+
         def call(function: str, args: list[Value]) -> Value:
-            event = self._next(self.calls, thread, f"call of `{function}`")
-            self._same(thread.at, "the function that was called", event.function, function)
+            # Whatever leaves this function counts as an error of the caller's, so what is not must be kept aside.
+            try:
+                event = self._next(self.calls, thread, f"call of `{function}`")
+                self._same(thread.at, "the function that was called", event.function, function)
+            except (_CutOff, ReferenceMismatch) as error:
+                stopped.append(error)
+                raise values.EvaluationError("stopped") from None
             if event.error:
-                raise _Failed(event.error)
+                raise values.EvaluationError(event.error)
             return event.value
 
         try:
-            return values.evaluate(expr, scope, call)
+            return evaluate(call)
         except values.EvaluationError as error:
-            raise _Failed(str(error)) from None
+            if stopped:
+                raise stopped[0] from None
+            raise _Failed(error.reason) from None
 
     def _integer(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> int:
         value = self._value(thread, expr, scope)
@@ -508,15 +528,6 @@ class _Run:
         thread.rounds = outside
 
     # --- text
-
-    def _pieces(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> list[Piece]:
-        """The text of a statement in parts: (text, whether special tokens in it count)."""
-        if not isinstance(expr, ast.Str):
-            return [(values.render(self._value(thread, expr, scope)), False)]
-        return [
-            (part, True) if isinstance(part, str) else (values.render(self._value(thread, part, scope)), False)
-            for part in expr.parts
-        ]
 
     def _say(self, thread: _Thread, pieces: Sequence[Piece], *, hold_space: bool) -> None:
         """Write on the assistant's side; with `hold_space`, one trailing space is left to the gen that follows."""
@@ -564,6 +575,8 @@ class _Run:
             if not self.gens.get(thread.at) and recorded is not None and recorded.status == "failed":
                 # Text that doesn't fit the type fails the branch before the gen begins.
                 raise _Failed(recorded.reason)
+        if not self.gens.get(thread.at):
+            self._lay_traced(thread)
         event = self._next(self.gens, thread, "gen")
         self._same(thread.at, "the gen's place", event.site, site)
         if event.drawn > spec.max_tokens:
@@ -619,6 +632,14 @@ class _Run:
             self._lay_trimmed(thread, first + kept, first + event.drawn)
         for token_id in ids[kept:]:
             self._feed(thread, token_id)
+
+    def _lay_traced(self, thread: _Thread) -> None:
+        """A gen that was cut off leaves no event, but a trace has the tokens that it had drawn."""
+        while (token := self.drawn.get((thread.path, thread.num_drawn))) is not None:
+            self._draw(thread, thread.num_drawn, thread.last, token)
+            self._feed(thread, token)
+            thread.num_drawn += 1
+            thread.num_decoded += 1
 
     def _lay_trimmed(self, thread: _Thread, start: int, end: int) -> None:
         """Tokens drawn as `start` .. `end` - 1 of which none stays, as far as the trace holds them."""
@@ -784,14 +805,17 @@ class _Run:
         fresh = limits.fresh or arm.limits.fresh
         key = str(arm.key) if arm.label is None else arm.label
         outcome = _Outcome("cancelled")
+        num_decoded = 0
         for attempt in range(1 + max(limits.retry, arm.limits.retry)):
             suffix = f"~{attempt}" if attempt else ""
             path = (*parent.at, f"{site}[{key}]{suffix}")
             if path not in self.started:
-                return _Outcome("cancelled")
+                return _Outcome("cancelled", thread=outcome.thread)
             thread = self._begin(path, None if fresh else parent)
             names = dict(arm.names) if arm.alone else {**scope, **arm.names}
             outcome = self._conclude(thread, plan, arm.body, names, arm.prompt)
+            num_decoded += thread.num_decoded
+            thread.num_decoded = num_decoded
             if outcome.status != "failed":
                 break
         return outcome
