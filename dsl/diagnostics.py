@@ -6,6 +6,7 @@ terminal: `render` gives plain text.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -33,7 +34,7 @@ class Source:
 
     def __post_init__(self) -> None:
         starts = [0]
-        starts.extend(i + 1 for i, c in enumerate(self.text) if c == "\n")
+        starts.extend(newline.end() for newline in re.finditer("\n", self.text))
         object.__setattr__(self, "_starts", starts)
 
     def position(self, offset: int) -> tuple[int, int]:
@@ -72,11 +73,12 @@ class Diagnostic:
         if source is not None and self.span is not None:
             line, column = source.position(self.span.start)
             end_line, end_column = source.position(max(self.span.start, self.span.end))
-            text = source.line(line)
-            stop = end_column if end_line == line else len(text) + 1
+            text, left = _shown(source.line(line), column)
+            stop = end_column if end_line == line else len(source.line(line)) + 1
+            stop = min(stop - left, len(text) + 1)
             # A tab must stay a tab under the carets, or they would not line up.
-            pad = "".join("\t" if c == "\t" else " " for c in text[: column - 1])
-            carets = "^" * max(1, stop - column)
+            pad = "".join("\t" if c == "\t" else " " for c in text[: column - left - 1])
+            carets = "^" * max(1, stop - (column - left))
             gutter = " " * len(str(line))
             out.append(f"{gutter}--> {source.name}:{line}:{column}")
             out.append(f"{gutter} |")
@@ -87,6 +89,20 @@ class Diagnostic:
         if self.help:
             out.append(f"help: {self.help}")
         return "\n".join(out)
+
+
+_SHOWN = 160
+"""The most characters of a line that are shown."""
+
+
+def _shown(line: str, column: int) -> tuple[str, int]:
+    """The part of `line` to show around `column` (from 1), and how many characters are left out before it.
+
+    Control characters, which could steer a terminal, are replaced.
+    """
+    left = 0 if len(line) <= _SHOWN else max(0, min(column - 1 - _SHOWN * 3 // 4, len(line) - _SHOWN))
+    text = line[left : left + _SHOWN]
+    return "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in text), left
 
 
 class PlanError(Exception):

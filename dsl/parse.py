@@ -23,7 +23,7 @@ from anabranch.dsl.diagnostics import Diagnostic, PlanError, Source, Span, did_y
 from anabranch.dsl.grammar import lark_parser
 from anabranch.dsl.shapes import EXAMPLES, After, BareCall, Bind, Item, RawBlock, RawCall, Shaper, Tail
 from anabranch.dsl.strings import read_string
-from anabranch.dsl.syntax_errors import explain
+from anabranch.dsl.syntax_errors import Stop, explain
 
 MAX_FILE_BYTES: Final = 16 * 2**20
 """The largest plan file that is read."""
@@ -64,7 +64,9 @@ def read_source(path: str | PathLike[str]) -> Source:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         refuse("unreadable-file", f"`{name}` can't be read: {reason}", "check the path and its permissions")
     if len(data) > MAX_FILE_BYTES:
-        refuse("file-too-large", f"`{name}` is larger than {MAX_FILE_BYTES // 2**20} MiB", "split it into several files")
+        refuse(
+            "file-too-large", f"`{name}` is larger than {MAX_FILE_BYTES // 2**20} MiB", "split it into several files"
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -123,7 +125,7 @@ class _Reader:
                 _check_depth(program)
             return program
         except UnexpectedInput as error:
-            raise PlanError(explain(error, source, self._brackets.open, self._brackets.before), source) from None
+            raise PlanError(explain(error, source, self._brackets.stop()), source) from None
         finally:
             self._builder.begin(source)
 
@@ -131,8 +133,6 @@ class _Reader:
 class _Brackets:
     """Watches the tokens go by: which brackets are open, and how deep the syntax may become.
 
-    open: the brackets open now, outermost first
-    before: the last two tokens seen
     deepest: at least the depth of the abstract syntax so far, never less
     """
 
@@ -140,20 +140,28 @@ class _Brackets:
 
     def __init__(self) -> None:
         self._role: dict[str, str] = {}
+        self._spelled: dict[str, str] = {}
 
     def learn(self, lark: Lark) -> None:
         """Find what lark has called each bracket and operator."""
         roles = dict.fromkeys("([{", "open") | dict.fromkeys(")]}", "close") | dict.fromkeys(",;:=", "part")
-        roles |= dict.fromkeys(("+", "-", "*", "/", "!", ".", "==", "!=", "<", "<=", ">", ">=", "&&", "||"), "operator")
+        roles |= dict.fromkeys(("+", "-", "*", "/", "!", ".", "&&", "||"), "operator")
+        self._role["COMPARE"] = "operator"
         for terminal in lark.terminals:
-            if terminal.pattern.type == "str" and terminal.pattern.value in roles:
-                self._role[terminal.name] = roles[terminal.pattern.value]
+            if terminal.pattern.type == "str":
+                self._spelled[terminal.name] = terminal.pattern.value
+                if terminal.pattern.value in roles:
+                    self._role[terminal.name] = roles[terminal.pattern.value]
 
     def begin(self, source: Source) -> None:
         self._source = source
-        self.open: list[Token] = []
-        self.before: tuple[Token | None, Token | None] = (None, None)
+        self._open: list[Token] = []
+        self._last: tuple[Token | None, Token | None] = (None, None)
         self.deepest = 0
+
+    def stop(self) -> Stop:
+        """Where reading is now."""
+        return Stop(tuple(self._open), self._last, self._spelled)
 
     def process(self, stream: Iterator[Token]) -> Iterator[Token]:
         role = self._role
@@ -162,7 +170,7 @@ class _Brackets:
         outer: list[int] = []
         last: Token | None = None
         for token in stream:
-            self.before = (last, token)
+            self._last = (last, token)
             last = token
             match role.get(token.type):
                 case None:
@@ -172,15 +180,15 @@ class _Brackets:
                     level += 1
                     outer.append(level)
                     level += 2
-                    self.open.append(token)
+                    self._open.append(token)
                     if len(outer) > MAX_BRACKETS:
                         self._too_deep(token)
                 case "close":
                     if outer:
                         level = outer.pop()
                         # Kept when it closes nothing or another kind: the parser stops there, and asks what is open.
-                        if self.open[-1] + token in ("()", "[]", "{}"):
-                            self.open.pop()
+                        if self._open[-1] + token in ("()", "[]", "{}"):
+                            self._open.pop()
                 case "part":
                     level = outer[-1] + 2 if outer else 8
                 case _:
@@ -227,7 +235,7 @@ def _check_depth(program: ast.Program) -> None:
     )
 
 
-_Child: TypeAlias = Any
+_Children: TypeAlias = list[Any]
 """What a rule is reduced from: tokens, and what the rules below have returned."""
 
 
@@ -247,10 +255,10 @@ class _Builder(Transformer[Token, Any]):
 
     # The methods below are named after the grammar's rules.
 
-    def start(self, plans: list[_Child]) -> tuple[ast.PlanDef, ...]:
+    def start(self, plans: _Children) -> tuple[ast.PlanDef, ...]:
         return tuple(plans)
 
-    def plan(self, children: list[_Child]) -> ast.PlanDef:
+    def plan(self, children: _Children) -> ast.PlanDef:
         name, _, word, _, params, _, opened, *items, closed = children
         start = name.start_pos
         if word != "plan":
@@ -259,7 +267,8 @@ class _Builder(Transformer[Token, Any]):
                     "not-a-plan",
                     f"`{word.value}` is no plan",
                     _token_span(word),
-                    help=did_you_mean(word.value, ["plan"]) or f"a file holds plans: `{name.value} = plan(...) {{ ... }}`",
+                    help=did_you_mean(word.value, ["plan"])
+                    or f"a file holds plans: `{name.value} = plan(...) {{ ... }}`",
                 )
             )
         self._refuse_loose(start)
@@ -279,10 +288,10 @@ class _Builder(Transformer[Token, Any]):
                 options[param.name] = param
         return ast.PlanDef(name.value, tuple(plain), tuple(options.values()), body, Span(start, closed.end_pos))
 
-    def params(self, children: list[_Child]) -> list[_Child]:
+    def params(self, children: _Children) -> _Children:
         return children[::2]
 
-    def param(self, children: list[_Child]) -> ast.Param | ast.Option:
+    def param(self, children: _Children) -> ast.Param | ast.Option:
         name = children[0]
         if len(children) == 1:
             return ast.Param(name.value, None, _token_span(name))
@@ -292,10 +301,10 @@ class _Builder(Transformer[Token, Any]):
             return ast.Option(name.value, value, span)
         return ast.Param(name.value, value, span)
 
-    def block(self, children: list[_Child]) -> RawBlock:
+    def block(self, children: _Children) -> RawBlock:
         return RawBlock(_items(children[1:-1]), Span(children[0].start_pos, children[-1].end_pos))
 
-    def stmt(self, children: list[_Child]) -> Item | None:
+    def stmt(self, children: _Children) -> Item | None:
         bound, _, expr, tail, semicolon = children
         start = bound.start_pos if bound is not None else expr.span.start
         span = Span(start, semicolon.end_pos)
@@ -318,10 +327,10 @@ class _Builder(Transformer[Token, Any]):
         self._errors.append(_bare_expression(expr))
         return None
 
-    def tail(self, children: list[_Child]) -> Tail:
+    def tail(self, children: _Children) -> Tail:
         return Tail(*children)
 
-    def after(self, children: list[_Child]) -> After:
+    def after(self, children: _Children) -> After:
         word, *rest = children
         if word == "join":
             return After("join", Span(word.start_pos, rest[-1].end_pos), args=rest[1] or ())
@@ -329,10 +338,10 @@ class _Builder(Transformer[Token, Any]):
             return After("else", Span(word.start_pos, rest[0].span.end), block=rest[0])
         return After("until", Span(word.start_pos, rest[-1].end_pos), expr=rest[1])
 
-    def args(self, children: list[_Child]) -> tuple[ast.Arg | Bind, ...]:
+    def args(self, children: _Children) -> tuple[ast.Arg | Bind, ...]:
         return tuple(children[::2])
 
-    def arg(self, children: list[_Child]) -> ast.Arg | Bind:
+    def arg(self, children: _Children) -> ast.Arg | Bind:
         if len(children) == 1:
             value = children[0]
             return ast.Arg(None, value, value.span)
@@ -340,7 +349,7 @@ class _Builder(Transformer[Token, Any]):
         span = Span(name.start_pos, value.span.end)
         return ast.Arg(name.value, value, span) if separator == "=" else Bind(name.value, value, span)
 
-    def call(self, children: list[_Child]) -> ast.Apply | RawCall:
+    def call(self, children: _Children) -> ast.Apply | RawCall:
         name, _, args, closed = children
         word = name.value
         span = Span(name.start_pos, closed.end_pos)
@@ -352,28 +361,29 @@ class _Builder(Transformer[Token, Any]):
             return call
         return ast.Apply(word, args, span)
 
-    def list(self, children: list[_Child]) -> ast.List:
+    def list(self, children: _Children) -> ast.List:
         opened, items, closed = children
         return ast.List(items or (), Span(opened.start_pos, closed.end_pos))
 
-    def items(self, children: list[_Child]) -> tuple[ast.Expr, ...]:
+    def items(self, children: _Children) -> tuple[ast.Expr, ...]:
         return tuple(children[::2])
 
-    def paren(self, children: list[_Child]) -> ast.Expr | RawCall:
+    def paren(self, children: _Children) -> ast.Expr | RawCall:
         opened, inner, closed = children
         if isinstance(inner, RawCall):
             return inner
-        return replace(inner, span=Span(opened.start_pos, closed.end_pos))
+        wider: ast.Expr = replace(inner, span=Span(opened.start_pos, closed.end_pos))
+        return wider
 
-    def field(self, children: list[_Child]) -> ast.Field:
+    def field(self, children: _Children) -> ast.Field:
         value, _, name = children
         return ast.Field(value, name.value, Span(value.span.start, name.end_pos))
 
-    def index(self, children: list[_Child]) -> ast.Index:
+    def index(self, children: _Children) -> ast.Index:
         value, _, index, closed = children
         return ast.Index(value, index, Span(value.span.start, closed.end_pos))
 
-    def name(self, children: list[_Child]) -> ast.Name | ast.Bool:
+    def name(self, children: _Children) -> ast.Name | ast.Bool:
         token = children[0]
         span = Span(token.start_pos, token.end_pos)
         word = token.value
@@ -381,7 +391,7 @@ class _Builder(Transformer[Token, Any]):
             return ast.Bool(word == "true", span)
         return ast.Name(word, span)
 
-    def number(self, children: list[_Child]) -> ast.Int | ast.Float:
+    def number(self, children: _Children) -> ast.Int | ast.Float:
         token = children[0]
         span = _token_span(token)
         if len(token) > MAX_DIGITS:
@@ -394,24 +404,30 @@ class _Builder(Transformer[Token, Any]):
         value = float(token.value)
         if not isfinite(value):
             self._errors.append(
-                Diagnostic("number-too-large", "this number is too large for a float", span, help="the largest is 1.8e308")
+                Diagnostic(
+                    "number-too-large", "this number is too large for a float", span, help="the largest is 1.8e308"
+                )
             )
             return ast.Float(0.0, span)
         return ast.Float(value, span)
 
-    def string(self, children: list[_Child]) -> ast.Str:
+    def string(self, children: _Children) -> ast.Str:
         token = children[0]
         return read_string(token.value, token.start_pos, self._errors.append)
 
-    def unary(self, children: list[_Child]) -> ast.Expr:
+    def unary(self, children: _Children) -> ast.Expr:
         op, operand = children
         span = Span(op.start_pos, operand.span.end)
         # A literal has its sign, unless it stands in brackets of its own.
-        if op == "-" and isinstance(operand, ast.Int | ast.Float) and self._text[operand.span.start].isdigit():
-            return replace(operand, value=-operand.value, span=span)
+        if op == "-" and self._text[operand.span.start].isdigit():
+            match operand:
+                case ast.Int(value):
+                    return ast.Int(-value, span)
+                case ast.Float(value):
+                    return ast.Float(-value, span)
         return ast.Unary(op.value, operand, span)
 
-    def _binary(self, children: list[_Child]) -> ast.Binary:
+    def _binary(self, children: _Children) -> ast.Binary:
         left, op, right = children
         return ast.Binary(op.value, left, right, Span(left.span.start, right.span.end))
 
@@ -472,7 +488,7 @@ class _Builder(Transformer[Token, Any]):
 _STATEMENTS: Final = frozenset(EXAMPLES) | {"plan"}
 
 
-def _items(children: list[_Child]) -> tuple[Item, ...]:
+def _items(children: _Children) -> tuple[Item, ...]:
     """The statements of a block, without those that were refused."""
     return tuple(child for child in children if child is not None)
 

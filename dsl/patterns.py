@@ -11,13 +11,15 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llguidance import LLParserLimits
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_PATTERN = 10_000  # characters
 MAX_SCHEMA = 100_000  # characters
 MAX_SCHEMA_NESTING = 64
-MAX_REPEAT = 5_000  # what nested `{a,b}` may multiply to; a match of 10,000 characters then takes about 0.6 s
+MAX_EXPANDED = 10_000  # characters with counted repetitions written out; a match may then take about a second
 MAX_GROUPS = 64  # nested groups
+
+_PIECE = 64  # bytes of a text that share the fuel of one step
 
 
 @lru_cache(maxsize=1024)
@@ -57,9 +59,64 @@ def check_schema(schema: str) -> str:
     return _reason(message) if message else ""
 
 
+class PatternTooComplex(Exception):
+    """A match went over the limits of `parser_limits`."""
+
+
+def full_match(pattern: str, text: str) -> bool:
+    """Whether the whole of `text` matches `pattern`, in time linear in the text.
+
+    Raises ValueError if the pattern cannot be used, PatternTooComplex where a match would take too long.
+    """
+    reason = check_regex(pattern)
+    if reason:
+        raise ValueError(reason)
+    matcher = _matcher(pattern).deep_copy()
+    # A JSON value can hold a lone surrogate, which has no UTF-8; its bytes match no pattern.
+    data = text.encode("utf-8", "surrogatepass")
+    for start in range(0, len(data), _PIECE):
+        piece = list(data[start : start + _PIECE])
+        taken = matcher.try_consume_tokens(piece)
+        if matcher.is_error():
+            raise PatternTooComplex(matcher.get_error().splitlines()[0])
+        if taken < len(piece):
+            return False
+    return bool(matcher.is_accepting())
+
+
+@lru_cache(maxsize=256)
+def _matcher(pattern: str) -> LLMatcher:
+    from llguidance import LLMatcher
+
+    return LLMatcher(_bytes(), LLMatcher.grammar_from_regex(pattern), log_level=0, limits=parser_limits())
+
+
+@cache
+def _bytes() -> LLTokenizer:
+    """A tokenizer whose tokens are the bytes, so that a matcher reads plain text."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
+
+
+class _Bytes:
+    """What `TokenizerWrapper` asks of a tokenizer."""
+
+    eos_token_id = 256
+    bos_token_id = None
+    tokens = (*(bytes([i]) for i in range(256)), b"<end>")
+    special_token_ids = (256,)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text if isinstance(text, bytes) else text.encode())
+
+
 @cache
 def parser_limits() -> LLParserLimits:
-    """Limits under which every pattern and schema of a plan is compiled and run."""
+    """Limits under which every pattern and schema of a plan is compiled and run.
+
+    The fuel of a step is for each call that consumes tokens, so feed a long text in pieces.
+    """
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -72,42 +129,34 @@ def parser_limits() -> LLParserLimits:
 
 
 def _shape(pattern: str) -> str:
-    """Refuse counted repetitions that multiply, and deep groups: they make the automaton's states explode.
+    """Refuse patterns that grow large when counted repetitions are written out, and deep groups.
 
     `(a{1,1000}){1,1000}` passes validation and then takes minutes and gigabytes on a text of 2,000 characters,
     outside every limit that llguidance offers.
     """
-    # One frame per open group: the largest product of nested counts seen inside it so far.
-    frames = [1]
-    last = 1  # the same for the atom just read
+    sizes = [0]  # of each open group, what stands in it so far
+    last = 0  # of the atom just read
     i = 0
     while i < len(pattern):
         c = pattern[i]
-        if c == "\\":
-            i += 2
-            last = 1
-            continue
-        if c == "[":
-            i = _class_end(pattern, i)
-            last = 1
-            continue
         if c == "(":
-            if len(frames) > MAX_GROUPS:
+            if len(sizes) > MAX_GROUPS:
                 return f"its groups nest deeper than {MAX_GROUPS}"
-            frames.append(1)
-        elif c == ")" and len(frames) > 1:
-            last = frames.pop()
-        elif c == "{":
-            end = pattern.find("}", i)
-            count = _count(pattern[i + 1 : end]) if end > 0 else None
-            if count is not None:
-                last *= max(1, count)
-                if last > MAX_REPEAT and last != count:
-                    return f"its nested repetitions multiply to more than {MAX_REPEAT}"
-                i = end
+            sizes.append(0)
+            last = 0
+        elif c == ")" and len(sizes) > 1:
+            last = max(1, sizes.pop())
+            sizes[-1] += last
+        elif c == "{" and (count := _count(pattern[i + 1 : i + 24])) is not None:
+            sizes[-1] += last * (count - 1)
+            last *= count
+            i = pattern.index("}", i)
         elif c not in "*+?|":
             last = 1
-        frames[-1] = max(frames[-1], last)
+            sizes[-1] += 1
+            i = _class_end(pattern, i) - 1 if c == "[" else i + 1 if c == "\\" else i
+        if sizes[-1] > MAX_EXPANDED:
+            return f"its repetitions stand for more than {MAX_EXPANDED} characters"
         i += 1
     return ""
 
@@ -130,12 +179,13 @@ def _class_end(pattern: str, start: int) -> int:
 
 
 def _count(text: str) -> int | None:
-    """The largest count of the inside of `{...}`; None where it is no repetition."""
-    low, comma, high = text.partition(",")
+    """The largest count of the repetition that `text` is the inside of; None where it is none."""
+    inside, brace, _ = text.partition("}")
+    low, comma, high = inside.partition(",")
     low, high = low.strip(), high.strip()
-    if not low.isdecimal() or (high and not high.isdecimal()) or len(low) > 10 or len(high) > 10:
+    if not brace or not low.isdecimal() or (high and not high.isdecimal()) or len(low) > 10 or len(high) > 10:
         return None
-    return int(high) if comma and high else int(low)
+    return max(1, int(high) if comma and high else int(low))
 
 
 def _nesting(document: object) -> int:

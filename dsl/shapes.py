@@ -124,7 +124,7 @@ class Shaper:
                     help="put it in the block of a fork without a width: `x = fork() { a = branch() { ... }; };`",
                 )
                 continue
-            unresolved = unresolved or isinstance(item, BareCall) or isinstance(item, ast.Let)
+            unresolved = unresolved or isinstance(item, BareCall | ast.Let)
             # A bare call stands among the statements until `resolve` has read the whole file.
             kept.append(cast(ast.Stmt, item))
         block = ast.Block(tuple(kept), raw.span)
@@ -344,7 +344,10 @@ class Shaper:
         if args.options:
             option = args.options[0]
             self._error(
-                "unknown-option", f"`{word}` has no option `{option.name}`", option.span, help=f"write `{EXAMPLES[word]}`"
+                "unknown-option",
+                f"`{word}` has no option `{option.name}`",
+                option.span,
+                help=f"write `{EXAMPLES[word]}`",
             )
             return None
         if not args.values:
@@ -416,8 +419,9 @@ class Shaper:
         usage = "write `join(value, context)`: `all`, `vote(x)`, `best(x)`, `first(n)` or `quorum(n, x)`, then "
         usage += "`drop`, `text` or `stitch`; either may be left out"
         if word in _JOIN_VALUES or word in _JOIN_CONTEXTS:
-            kind = "value" if word in _JOIN_VALUES else "context"
-            self._error("bad-join", f"`{word}` is out of place: a join has one value, then one context", span, help=usage)
+            self._error(
+                "bad-join", f"`{word}` is out of place: a join has one value, then one context", span, help=usage
+            )
             return
         close = did_you_mean(word, (*_JOIN_VALUES, *_JOIN_CONTEXTS)) if word else ""
         what = f"`{word}` is no join" if word else "this is no join"
@@ -469,7 +473,7 @@ class Shaper:
             )
             return None
         return ast.JoinValue(
-            cast(Literal["all", "vote", "best", "first", "quorum"], word),
+            word,
             count,
             key.id if key is not None else None,
             cast(Literal["exact", "casefold", "number"], by.id) if by is not None else None,
@@ -481,7 +485,7 @@ class Shaper:
         if args:
             match args[0].value:
                 case ast.Name("max" | "sum" as chosen) if word == "stitch" and len(args) == 1 and args[0].name is None:
-                    positions = cast(Literal["max", "sum"], chosen)
+                    positions = chosen
                 case _:
                     self._error(
                         "bad-join",

@@ -49,7 +49,9 @@ def read_string(quoted: str, start: int, report: Report) -> Str:
         value = _chain(chain[0], at)
         done = chain.end()
         if value is None:
-            report(Diagnostic("bad-interpolation", f"more than {_MAX_LINKS} links in an interpolation", Span(at - 2, at)))
+            report(
+                Diagnostic("bad-interpolation", f"more than {_MAX_LINKS} links in an interpolation", Span(at - 2, at))
+            )
             continue
         if text := "".join(literal):
             parts.append(text)
@@ -116,7 +118,7 @@ def write_string(string: Str) -> str:
             return f"'{raw}'"
     if '"""' not in raw and not raw.endswith('"'):
         return f'"""{raw}"""'
-    raise ValueError("no quotes can hold this string: it has both kinds, or ends in `\"`, or contains `\"\"\"`")
+    raise ValueError('no quotes can hold this string: it has both kinds, or ends in `"`, or contains `"""`')
 
 
 def _raw_parts(string: Str) -> list[str]:

@@ -1,0 +1,16 @@
+"""Shared by all tests: where their helper modules lie, and `--update` for the documents in `tests/cases`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# With --import-mode=importlib a test's folder is not on the path, and tests share strategies.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update` writes what a document's plan gives now into the document."""
+    parser.addoption("--update", action="store_true", help="rewrite the expectations in tests/cases/*.md")
