@@ -122,7 +122,7 @@ class Arg:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """A call inside an expression: `len`, `lines`, `in`, `matches`, a type such as `choice("a")`, or a host function."""
+    """A call inside an expression: `len`, `lines`, `in`, `matches`, a type (`choice("a")`), or a host function."""
 
     function: str
     args: tuple[Arg, ...]
@@ -348,3 +348,30 @@ class Program:
             if plan.name == name:
                 return plan
         raise KeyError(name)
+
+
+def names_in(expr: Expr) -> set[str]:
+    """The names that `expr` reads, functions not counted."""
+    found: set[str] = set()
+    waiting: list[Expr] = [expr]
+    while waiting:
+        match waiting.pop():
+            case Name(id=name):
+                found.add(name)
+            case Str(parts=pieces):
+                waiting.extend(piece for piece in pieces if not isinstance(piece, str))
+            case List(items=items):
+                waiting.extend(items)
+            case Unary(operand=operand):
+                waiting.append(operand)
+            case Binary(left=left, right=right):
+                waiting += [left, right]
+            case Field(value=value):
+                waiting.append(value)
+            case Index(value=value, index=index):
+                waiting += [value, index]
+            case Apply(args=args):
+                waiting.extend(arg.value for arg in args)
+            case Int() | Float() | Bool():
+                pass
+    return found

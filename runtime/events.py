@@ -1,6 +1,6 @@
 """What happened in a run, in order. Reference, replay and display read these and nothing else.
 
-    event = BranchStarted | GenEnded | TextDelta | Joined | BranchEnded | RunEnded
+    event = BranchStarted | TextDelta | GenEnded | HostCalled | Joined | BranchEnded | RunEnded
 
 A path names a thread: `()` is the plan's own thread, and each component is `name[key]`: the name the statement binds
 (or `fork3`, its kind and place among the statements of its block, from 0, where it binds none) with the branch's

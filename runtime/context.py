@@ -1,0 +1,130 @@
+"""What a thread has read and written: a view, an open segment, tokens not yet fed, and the logits of its last token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+from anabranch.runtime.pages import Entry, PagePool, Segment, View
+
+
+class Row(IntEnum):
+    """Why a row is fed to the model; each row of a run is counted under exactly one.
+
+    PREFILL: a token that was not sampled
+    REPREFILL: a PREFILL of text that a thread of this run had generated before
+    DECODE: a sampled token, fed so that its thread can go on
+    FLUSH: a sampled token, fed only because its segment seals and a later view reads it
+    RECOMPUTE: a token that had been fed before
+    """
+
+    PREFILL = 0
+    REPREFILL = 1
+    DECODE = 2
+    FLUSH = 3
+    RECOMPUTE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Unfed:
+    """A token of the context whose K and V are not written yet."""
+
+    token: int
+    row: Row
+
+
+class Context:
+    """One thread's context.
+
+    position: of the next token to be written; the unfed ones come before it
+    role: None before any chat turn, "between" turns, or "assistant" while that turn stands open
+    logits: [vocab] of the last token, or None where they are not at hand
+    """
+
+    __slots__ = ("expect", "logits", "pool", "position", "role", "segment", "unfed", "view")
+
+    def __init__(self, pool: PagePool, view: View | None, position: int, role: str | None) -> None:
+        self.pool = pool
+        self.view = view.hold() if view is not None else None
+        self.segment: Segment | None = None
+        self.position = position
+        self.role = role
+        self.unfed: list[Unfed] = []
+        self.logits: Tensor | None = None
+        self.expect = 1
+
+    def push(self, token_ids: Iterable[int], row: Row) -> None:
+        """Write tokens; they are fed when something needs them."""
+        before = len(self.unfed)
+        self.unfed.extend(Unfed(token, row) for token in token_ids)
+        self.position += len(self.unfed) - before
+
+    def take(self, count: int) -> tuple[list[Unfed], Segment, int]:
+        """The next `count` unfed tokens, given slots of the open segment: (tokens, segment, index of the first)."""
+        fed = self.unfed[:count]
+        if self.segment is None:
+            start = self.position - len(self.unfed)
+            self.segment = Segment(self.pool, start, expect=self.expect)
+        del self.unfed[:count]
+        slots = self.segment.append([u.token for u in fed])
+        self.logits = None
+        return fed, self.segment, slots.start
+
+    def discard(self, count: int) -> None:
+        """Forget the last `count` unfed tokens."""
+        if count > len(self.unfed):
+            raise ValueError(f"only {len(self.unfed)} tokens are unfed, not {count}")
+        del self.unfed[len(self.unfed) - count :]
+        self.position -= count
+
+    def trim(self, count: int) -> list[int]:
+        """Take the last `count` fed tokens of the open segment back out; returns their ids."""
+        segment = self.segment
+        if segment is None or count > segment.length or self.unfed:
+            raise ValueError(f"{count} tokens cannot be taken back")
+        ids = segment.ids[segment.length - count :]
+        segment.trim(segment.length - count)
+        self.position -= count
+        return ids
+
+    def seal(self) -> View | None:
+        """Close the open segment into the view, and return the view. Nothing may be unfed."""
+        if self.unfed:
+            raise RuntimeError(f"{len(self.unfed)} tokens would be lost from the view")
+        segment = self.segment
+        if segment is not None:
+            segment.seal()
+            self._link([Entry(segment)])
+            segment.drop()
+            self.segment = None
+        return self.view
+
+    def alias(self, entries: Sequence[Entry], position: int) -> None:
+        """The view goes on with `entries`, which others wrote; the next token stands at `position`."""
+        self._link(entries)
+        self.position = position
+        self.logits = None
+
+    def num_pages(self) -> int:
+        """Pages of the open segment."""
+        return len(self.segment.pages) if self.segment is not None else 0
+
+    def drop(self) -> None:
+        """Let go of everything."""
+        if self.segment is not None:
+            self.segment.drop()
+            self.segment = None
+        if self.view is not None:
+            self.view.drop()
+            self.view = None
+        self.unfed.clear()
+        self.logits = None
+
+    def _link(self, entries: Sequence[Entry]) -> None:
+        old = self.view
+        self.view = View(old, entries)
+        if old is not None:
+            old.drop()

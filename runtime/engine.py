@@ -1,0 +1,863 @@
+"""The engine: many runs of plans in one batch over one page pool."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.compiler.bounds import Bounds
+from anabranch.compiler.graph import Graph
+from anabranch.compiler.pipeline import Compiled, compile_plan
+from anabranch.compiler.scheduler import Machine, Scheduler, Step, Thread
+from anabranch.dsl.ast import Program
+from anabranch.dsl.check import Target
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, Span
+from anabranch.dsl.parse import parse_text
+from anabranch.dsl.spec import Value
+from anabranch.dsl.values import EvaluationError
+from anabranch.kernels.sample import draw, logprob
+from anabranch.runtime.attention import Block, StepAttention
+from anabranch.runtime.constrain import Constraints
+from anabranch.runtime.context import Context, Row, Unfed
+from anabranch.runtime.events import BranchEnded, Event, LogitsRow, RunEnded, Status, TextDelta
+from anabranch.runtime.joins import Ended
+from anabranch.runtime.models import LoadedModel
+from anabranch.runtime.pages import Entry, KvStore, PagePool, Segment, View
+from anabranch.runtime.tasks import BranchStopped, Draw, Feed, ForkState, Rows, Score, Spawn, Task, child_names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs.
+
+    lanes: threads that hold a row of the batch at once
+    pages, page_size: KV pages, and token slots in each; None takes as many pages as `pool_bytes` holds
+    chunk: most prefilled rows in one step
+    deterministic: joins close by tokens decoded, not by time, and deadlines are refused
+    trace_logits: keep the logits that each token was drawn from (tests; a row is as large as the vocabulary)
+    prefix_cache: keep the pages of finished prompts for later runs
+    """
+
+    lanes: int = 64
+    pages: int | None = None
+    page_size: int = 16
+    chunk: int = 512
+    pool_bytes: int = 2 << 30
+    deterministic: bool = False
+    trace_logits: bool = False
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BranchRecord:
+    """One thread of a finished run, as `run --json` shows it."""
+
+    path: str
+    label: str | None
+    status: Status
+    text: str
+    reason: str
+    tokens: int
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run came to. `value` is None unless `status` is ok."""
+
+    value: Value
+    status: Status
+    reason: str
+    branches: tuple[BranchRecord, ...]
+    counts: Mapping[str, int | float]
+    events: tuple[Event, ...]
+    logits: tuple[LogitsRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """An event of `stream`, with the input it belongs to."""
+
+    input_index: int
+    event: Event
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was interrupted; `results` holds what was finished."""
+
+    def __init__(self, results: list[RunResult]) -> None:
+        super().__init__("interrupted")
+        self.results = results
+
+
+COUNTS = (
+    "tokens_decoded", "tokens_trimmed", "tokens_prefilled", "tokens_reprefilled", "tokens_flushed", "tokens_cached",
+    "tokens_recomputed", "tokens_aliased", "tokens_unfed", "critical_path_tokens", "total_tokens", "rows", "steps",
+)  # fmt: skip
+
+
+class Run:
+    """One plan on one input."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        compiled: Compiled,
+        bounds: Bounds,
+        inputs: Mapping[str, Value],
+        *,
+        input_index: int,
+        seed: int,
+        functions: Mapping[str, Callable[..., Any]],
+        listener: Callable[[Run, Event], None] | None,
+    ) -> None:
+        self.engine = engine
+        self.compiled = compiled
+        self.graph: Graph = compiled.graph
+        self.bounds = bounds
+        self.inputs = inputs
+        self.input_index = input_index
+        self.seed = seed
+        self.functions = functions
+        self.deterministic = engine.config.deterministic
+        self.wants_logprobs = compiled.reads_logprobs
+        self.listener = listener
+        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+        self.rows = [0] * len(Row)
+        self.events: list[Event] = []
+        self.logits: list[LogitsRow] = []
+        self.root: Task | None = None
+        self.started_s = time.monotonic()
+        self.last_step = -1
+        self.result: RunResult | None = None
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        if self.listener is not None:
+            self.listener(self, event)
+
+    def at(self, span: Span) -> str:
+        """ ", line 4" of the plan's source."""
+        line, _ = self.compiled.program.source.position(span.start)
+        return f" (line {line})"
+
+    def check_position(self, position: int) -> None:
+        """Positions end with the model's context."""
+        most = self.engine.model.decoder.config.max_context
+        if position > most:
+            raise BranchStopped(f"the text is longer than the model's context of {most} tokens")
+
+
+@dataclass(slots=True)
+class _Work:
+    """What a seated task has asked for. `queue`: contexts to feed from, in order."""
+
+    task: Task
+    queue: list[Context]
+    flush: bool = False
+    draw: Draw | None = None
+    score: Score | None = None
+    scored: list[Tensor] = field(default_factory=list)
+
+
+class Engine:
+    """Runs plans on one model. Not safe to share between threads; `stream` may be awaited beside other coroutines."""
+
+    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.config = config or EngineConfig()
+        decoder = model.decoder
+        shape = decoder.config
+        pages = self.config.pages
+        if pages is None:
+            page_bytes = (
+                2
+                * shape.num_layers
+                * shape.num_kv_heads
+                * shape.head_dim
+                * self.config.page_size
+                * decoder.dtype.itemsize
+            )
+            pages = max(64, self.config.pool_bytes // page_bytes)
+        self.machine = Machine(self.config.lanes, pages, self.config.page_size, self.config.chunk)
+        self.pool = PagePool(pages, self.config.page_size)
+        self.store = KvStore(self.pool, shape.num_layers, shape.num_kv_heads, shape.head_dim, decoder.dtype)
+        self.tokenizer = model.tokenizer
+        self.chat = model.chat
+        self.constraints = Constraints(model.tokenizer)
+        self.scheduler = Scheduler(self.machine)
+        self.num_steps = 0
+        self._tasks: dict[Thread, Task] = {}
+        self._forks: dict[Any, ForkState] = {}
+        self._work: dict[Thread, _Work] = {}
+        self._deadlines: list[ForkState] = []
+        self._runs: list[Run] = []
+
+    def compile(
+        self, plan: Program | str | Compiled, name: str | None = None, functions: Sequence[str] = ()
+    ) -> Compiled:
+        """Compile a plan for this engine. Raises PlanError."""
+        if isinstance(plan, Compiled):
+            return plan
+        program = parse_text(plan) if isinstance(plan, str) else plan
+        target = Target(
+            self.model.name,
+            deterministic=self.config.deterministic,
+            start_token=self.tokenizer.bos_id is not None,
+        )
+        return compile_plan(program, name, functions=functions, target=target)
+
+    def submit(
+        self,
+        plan: Program | str | Compiled,
+        inputs: Mapping[str, Value] | None = None,
+        *,
+        name: str | None = None,
+        seed: int = 0,
+        input_index: int = 0,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        listener: Callable[[Run, Event], None] | None = None,
+    ) -> Run:
+        """Queue a run; `step` moves it on. Raises PlanError if the plan or its inputs are wrong, or can never fit."""
+        compiled = self.compile(plan, name, tuple(functions or ()))
+        bounds = compiled.bounds(self, inputs or {})
+        run = Run(
+            self,
+            compiled,
+            bounds,
+            dict(inputs or {}),
+            input_index=input_index,
+            seed=seed,
+            functions=functions or {},
+            listener=listener,
+        )
+        self._open(run)
+        return run
+
+    def run(
+        self,
+        plan: Program | str | Compiled,
+        inputs: Sequence[Mapping[str, Value]] | Mapping[str, Value] | None = None,
+        *,
+        name: str | None = None,
+        seed: int = 0,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        listener: Callable[[Run, Event], None] | None = None,
+    ) -> list[RunResult]:
+        """Run a plan on each of `inputs` (one mapping, or several), all in one batch; results in their order.
+
+        On ctrl-C the runs are cancelled and `Interrupted` carries what was finished.
+        """
+        compiled = self.compile(plan, name, tuple(functions or ()))
+        given = [inputs] if isinstance(inputs, Mapping) else [{}] if inputs is None else list(inputs)
+        runs = [
+            self.submit(compiled, values, seed=seed, input_index=index, functions=functions, listener=listener)
+            for index, values in enumerate(given)
+        ]
+        try:
+            while any(run.result is None for run in runs):
+                self.step()
+        except KeyboardInterrupt:
+            for run in runs:
+                self.cancel(run)
+            raise Interrupted([_result(run) for run in runs]) from None
+        except BaseException:
+            for run in runs:
+                self.cancel(run)
+            raise
+        return [_result(run) for run in runs]
+
+    async def stream(
+        self,
+        plan: Program | str | Compiled,
+        inputs: Sequence[Mapping[str, Value]] | Mapping[str, Value] | None = None,
+        *,
+        name: str | None = None,
+        seed: int = 0,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> AsyncIterator[StreamEvent]:
+        """The events of the runs as they happen; leaving the loop early cancels them."""
+        compiled = self.compile(plan, name, tuple(functions or ()))
+        given = [inputs] if isinstance(inputs, Mapping) else [{}] if inputs is None else list(inputs)
+        pending: list[StreamEvent] = []
+
+        def listener(run: Run, event: Event) -> None:
+            pending.append(StreamEvent(run.input_index, event))
+
+        runs = [
+            self.submit(compiled, values, seed=seed, input_index=i, functions=functions, listener=listener)
+            for i, values in enumerate(given)
+        ]
+        try:
+            while any(run.result is None for run in runs):
+                await asyncio.to_thread(self.step)
+                for event in pending:
+                    yield event
+                pending.clear()
+        finally:
+            for run in runs:
+                self.cancel(run)
+
+    def cancel(self, run: Run) -> None:
+        """End a run that is not over; its branches that run are cancelled."""
+        if run.result is None and run.root is not None:
+            self._end(run.root, "cancelled", None, "cancelled")
+
+    def step(self) -> bool:
+        """Start what can start and call the model once. Returns False when nothing is left to do."""
+        self._expire()
+        self._start()
+        step = self.scheduler.next()
+        if step is None:
+            if self._runs and not self._wait():
+                raise RuntimeError("nothing can run and plans are left: the scheduler is stuck")
+            return bool(self._runs)
+        self._execute(step)
+        return bool(self._runs)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        tokens = self.tokenizer
+        return b"".join(tokens.token_bytes(t) for t in token_ids if not tokens.is_special(t)).decode(errors="replace")
+
+    def logprob(self, logits: Tensor, token: int) -> float:
+        """Natural log of the probability of `token` under one row of logits, unmasked, at temperature 1."""
+        return float(logprob(logits[None].float(), torch.tensor([token]))[0])
+
+    def is_blank(self, context: Context) -> bool:
+        """Whether nothing stands in `context` but perhaps a start token."""
+        return context.position == (self.tokenizer.bos_id is not None)
+
+    def remember(self, context: Context) -> None:
+        """Index a sealed prefix that begins at the root, for later runs."""
+        if not self.config.prefix_cache or context.view is None:
+            return
+        ids: list[int] = []
+        pages: list[int] = []
+        for link in context.view.chain():
+            for entry in link.entries:
+                segment = entry.segment
+                if entry.shift or segment.start != len(ids) or len(ids) % self.pool.page_size:
+                    break
+                ids.extend(segment.ids)
+                pages.extend(segment.pages)
+            else:
+                continue
+            break
+        self.pool.cache.insert(ids, pages)
+
+    def _open(self, run: Run) -> None:
+        graph = run.graph
+        plan = graph.plans[graph.main]
+        child = run.bounds.root()
+        if child.need.peak > self.machine.pages:
+            raise PlanError(
+                Diagnostic(
+                    "pool-too-small",
+                    f"the plan needs {child.need.peak} pages even when its branches run one after another, "
+                    f"and the pool has {self.machine.pages}",
+                    plan.span,
+                    help=f"give it at least {child.need.peak} pages, or lower `max`",
+                ),
+                run.compiled.program.source,
+            )
+        context = self._empty_context()
+        names = {param: run.inputs[param] for param in plan.params}
+        run.root = Task(self, run, (), context, plan.region, names, budget=plan.limits.budget, plan=plan.name)
+        thread = self.scheduler.open(child)
+        run.root.thread = thread
+        self._tasks[thread] = run.root
+        self._runs.append(run)
+
+    def _empty_context(self) -> Context:
+        context = Context(self.pool, None, 0, None)
+        if self.tokenizer.bos_id is not None:
+            context.push([self.tokenizer.bos_id], Row.PREFILL)
+        return context
+
+    def _start(self) -> None:
+        while True:
+            seated = self.scheduler.start()
+            if not seated:
+                return
+            for thread in seated:
+                if thread.state != "seated":
+                    continue
+                task = self._tasks.get(thread)
+                if task is None:
+                    task = self._make_child(thread)
+                if task.steps is None:
+                    task.start(None)
+                    self._resume(task, None)
+                elif isinstance(task.request, Spawn):
+                    fork = task.request.fork
+                    self._resume(task, fork.join.result())
+
+    def _make_child(self, thread: Thread) -> Task:
+        fork = self._forks[thread.group]
+        index = thread.index
+        task = self._child_task(fork, index, attempt=0)
+        task.thread = thread
+        self._tasks[thread] = task
+        fork.running[index] = task
+        return task
+
+    def _child_task(self, fork: ForkState, index: int, attempt: int) -> Task:
+        parent = fork.parent
+        branch = fork.branch(index)
+        suffix = f"~{attempt}" if attempt else ""
+        path = (*parent.here, f"{fork.site}[{branch.key}]{suffix}")
+        if fork.limits.fresh or branch.limits.fresh:
+            context = self._empty_context()
+        else:
+            outer = parent.context
+            context = Context(self.pool, outer.view, outer.position, outer.role)
+            context.logits = outer.logits
+            parent.run.counts["tokens_aliased"] += outer.view.total_tokens if outer.view is not None else 0
+        names = dict(branch.names) if fork.callee is not None else child_names(parent.names, branch.names)
+        task = Task(
+            self,
+            parent.run,
+            path,
+            context,
+            branch.region,
+            names,
+            parent=fork,
+            index=index,
+            label=branch.label,
+            budget=branch.budget,
+            depth=fork.depth,
+            critical=parent.critical,
+            plan=fork.callee or parent.plan,
+            own_names=tuple(branch.names),
+            generated=branch.generated,
+        )
+        task.attempt = attempt
+        task.start(branch)
+        return task
+
+    def _resume(self, task: Task, answer: Any) -> None:
+        """Let a seated task walk on to its next request."""
+        assert task.steps is not None and task.thread is not None
+        task.request = None
+        try:
+            request = task.steps.send(answer)
+        except StopIteration as stop:
+            self._end(task, "ok", stop.value, "")
+            return
+        except BranchStopped as stopped:
+            self._stopped(task, stopped.status, stopped.reason)
+            return
+        except EvaluationError as error:
+            self._stopped(task, "failed", error.reason + task.run.at(error.span))
+            return
+        task.request = request
+        thread = task.thread
+        context = task.context
+        match request:
+            case Spawn(fork):
+                self._spawn(task, fork)
+            case Draw():
+                self._match_prefix(task)
+                self._give(task, _Work(task, [context], draw=request), len(context.unfed), request.generation.left)
+            case Feed(flush):
+                self._match_prefix(task)
+                self._give(task, _Work(task, [context], flush=flush), len(context.unfed), 0)
+            case Rows(contexts):
+                work = _Work(task, list(contexts), flush=True)
+                self._work[thread] = work
+                self.scheduler.submit(thread, feed=sum(len(c.unfed) for c in contexts))
+            case Score(token_ids):
+                work = _Work(task, [context], score=request)
+                assert context.logits is not None
+                work.scored.append(context.logits)
+                context.push(token_ids, Row.PREFILL)
+                self._work[thread] = work
+                self.scheduler.submit(thread, feed=len(token_ids))
+
+    def _give(self, task: Task, work: _Work, unfed: int, draw_tokens: int) -> None:
+        """Hand work to the scheduler. A sampled token at the head rides along with what follows it."""
+        assert task.thread is not None
+        self._work[task.thread] = work
+        rides = unfed > 0 and draw_tokens > 0 and task.context.unfed[0].row is Row.DECODE
+        self.scheduler.submit(task.thread, feed=unfed - rides, draw=draw_tokens)
+
+    def _match_prefix(self, task: Task) -> None:
+        """Begin an empty context from the pages of an equal prefix, if there are any."""
+        context = task.context
+        if not self.config.prefix_cache or context.view is not None or context.segment is not None:
+            return
+        ids = [u.token for u in context.unfed[:-1]]
+        pages = self.pool.cache.match(ids)
+        if not pages:
+            return
+        count = len(pages) * self.pool.page_size
+        segment = Segment(self.pool, 0, pages=pages)
+        segment.length = count
+        segment.ids = ids[:count]
+        segment.sealed = True
+        context.view = View(None, [Entry(segment)])
+        segment.drop()
+        del context.unfed[:count]
+        task.base_view = context.view if task.parent is None else task.base_view
+        task.run.counts["tokens_cached"] += count
+
+    def _spawn(self, task: Task, fork: ForkState) -> None:
+        assert task.thread is not None
+        fork.depth = task.depth + 1 if fork.callee == task.plan else 0 if fork.callee is not None else task.depth
+        task.fork = fork
+        fork.scheduled = self.scheduler.fork(task.thread, fork.needs, base=task.num_pages(), limit=fork.limits.limit)
+        self._forks[fork.scheduled] = fork
+        if fork.limits.deadline_s is not None:
+            fork.deadline = time.monotonic() + fork.limits.deadline_s
+            self._deadlines.append(fork)
+
+    def _stopped(self, task: Task, status: Status, reason: str) -> None:
+        """A task cannot go on: it is run again if it may be, or ends."""
+        fork = task.parent
+        if status == "failed" and fork is not None and not fork.closed:
+            branch = fork.branch(task.index)
+            if task.attempt < max(branch.limits.retry, fork.limits.retry):
+                self._leave_run(task, status, None, reason)
+                task.context.drop()
+                again = self._child_task(fork, task.index, task.attempt + 1)
+                again.thread, task.thread = task.thread, None
+                again.critical = max(again.critical, task.critical)
+                again.below = task.tokens
+                assert again.thread is not None
+                self._tasks[again.thread] = again
+                fork.running[task.index] = again
+                self._resume(again, None)
+                return
+        self._end(task, status, None, reason)
+
+    def _leave_run(self, task: Task, status: Status, value: Value, reason: str) -> None:
+        run = task.run
+        run.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in task.context.unfed) if status != "ok" else 0
+        run.emit(BranchEnded(task.path, status, "".join(task.text), value, reason, task.spent, task.label))
+
+    def _end(self, task: Task, status: Status, value: Value, reason: str) -> None:
+        """A task is over: its own branches are ended, and its parent's join told."""
+        if task.thread is None or task.thread.state == "ended":
+            return
+        if task.fork is not None:
+            self._close(task.fork, "cancelled" if status != "late" else "late")
+        thread = task.thread
+        work = self._work.pop(thread, None)
+        if work is not None and work.draw is not None and not work.draw.generation.done:
+            self._cut(task, work.draw, status)
+        if task.steps is not None:
+            task.steps.close()
+        self._leave_run(task, status, value, reason)
+        fork = task.parent
+        keeps = status == "ok" and fork is not None and not fork.closed and fork.join.spec.context == "stitch"
+        if not keeps:
+            if status == "ok":
+                task.run.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in task.context.unfed)
+            if fork is None and not task.context.unfed:
+                task.context.seal()
+                self.remember(task.context)
+            task.context.drop()
+        self.scheduler.end(thread, kept=task.num_pages() if keeps else 0)
+        del self._tasks[thread]
+        if fork is None:
+            self._finish(task, status, value, reason)
+            return
+        fork.running.pop(task.index, None)
+        parent = fork.parent
+        parent.below += task.tokens
+        if fork.closed:
+            return
+        parent.critical = max(parent.critical, task.critical)
+        if keeps or fork.join.spec.context == "text":
+            fork.finished[task.index] = task
+        mean = task.logprob_sum / task.logprob_count if task.logprob_count else None
+        names = task.names if status == "ok" else {}
+        fork.join.offer(Ended(task.index, status, value, reason, names, mean, task.tokens))
+        if fork.join.decided(lambda: self._running(fork)):
+            self._close(fork, "cancelled")
+            self.scheduler.resume(_thread(parent))
+
+    def _running(self, fork: ForkState) -> list[tuple[int, int]]:
+        """(tokens decoded so far, index) of each branch of `fork` that has not ended; 0 for one not yet started."""
+        return [
+            (fork.running[i].tokens if i in fork.running else 0, i)
+            for i in range(fork.width)
+            if i not in fork.join.ended
+        ]
+
+    def _close(self, fork: ForkState, status: Status) -> None:
+        """No branch of `fork` goes on."""
+        if fork.closed:
+            return
+        fork.closed = True
+        for task in list(fork.running.values()):
+            reason = "the deadline passed" if status == "late" else "the join closed without it"
+            self._end(task, status, None, reason)
+            if status == "late" and task.index not in fork.join.ended:
+                fork.join.offer(Ended(task.index, "late", reason=reason))
+        if fork.deadline is not None and fork in self._deadlines:
+            self._deadlines.remove(fork)
+        assert fork.scheduled is not None
+        self.scheduler.close(fork.scheduled)
+        del self._forks[fork.scheduled]
+        fork.parent.fork = None
+        if fork.parent.thread is not None and fork.parent.steps is None:
+            return
+
+    def _cut(self, task: Task, request: Draw, status: Status) -> None:
+        """A gen is ended from outside: what it has is kept as text."""
+        generation = request.generation
+        generation.cut("cancelled", status)
+        task.text.append(generation.text)
+
+    def _finish(self, task: Task, status: Status, value: Value, reason: str) -> None:
+        run = task.run
+        self._runs.remove(run)
+        counts = run.counts
+        counts["critical_path_tokens"] = task.critical
+        counts["rows"] = sum(run.rows)
+        counts["tokens_prefilled"] = run.rows[Row.PREFILL] + run.rows[Row.REPREFILL]
+        counts["tokens_reprefilled"] = run.rows[Row.REPREFILL]
+        counts["tokens_flushed"] = run.rows[Row.FLUSH]
+        counts["tokens_recomputed"] = run.rows[Row.RECOMPUTE]
+        fed = counts["tokens_decoded"] - counts["tokens_unfed"]
+        if run.rows[Row.DECODE] + run.rows[Row.FLUSH] != fed:
+            raise RuntimeError(
+                f"rows do not add up: {run.rows[Row.DECODE]} decoded and {run.rows[Row.FLUSH]} flushed rows, "
+                f"{counts['tokens_decoded']} tokens decoded of which {counts['tokens_unfed']} were never fed"
+            )
+        shown: dict[str, int | float] = dict(counts)
+        shown["pages_peak"] = self.pool.peak
+        shown["pages_bound"] = run.bounds.pages_bound(self.machine)
+        shown["steps_bound"] = run.bounds.steps_bound(self.machine)
+        shown["elapsed_s"] = time.monotonic() - run.started_s
+        run.emit(RunEnded(status, value, reason, shown))
+        ends = [e for e in run.events if isinstance(e, BranchEnded)]
+        records = tuple(
+            BranchRecord("/".join(e.path), e.label, e.status, e.text, e.reason, e.tokens, e.value)
+            for e in ends
+            if e.path
+        )
+        run.result = RunResult(value, status, reason, records, shown, tuple(run.events), tuple(run.logits))
+        if not self._runs:
+            self.pool.peak = self.pool.used - self.pool.idle
+
+    def _expire(self) -> None:
+        now = time.monotonic() if self._deadlines else 0.0
+        for fork in list(self._deadlines):
+            if fork.deadline is not None and fork.deadline <= now and not fork.closed:
+                self._close(fork, "late")
+                fork.join.close_now()
+                self.scheduler.resume(_thread(fork.parent))
+
+    def _wait(self) -> bool:
+        """Nothing can run now: wait for the next deadline. False if there is none."""
+        if not self._deadlines:
+            return False
+        soonest = min(fork.deadline for fork in self._deadlines if fork.deadline is not None)
+        time.sleep(max(0.0, soonest - time.monotonic()))
+        return True
+
+    def _execute(self, step: Step) -> None:
+        """Feed the step's rows, sample, and let every task that is done go on."""
+        blocks: list[Block] = []
+        tokens: list[int] = []
+        wanted: list[int] = []
+        takers: list[tuple[_Work, Context, bool]] = []
+        ready: list[tuple[_Work, Context]] = []
+        for thread, count in step.feeds:
+            work = self._work[thread]
+            last = count == thread.feed
+            for context, rows in self._portions(work, count):
+                self._feed(work, context, rows, blocks, tokens)
+                final = not context.unfed
+                if work.score is not None:
+                    # Of the option's tokens all but the last are conditions of a token that follows.
+                    wanted.extend(range(len(tokens) - rows, len(tokens)))
+                    takers.extend((work, context, False) for _ in range(rows))
+                elif final:
+                    wanted.append(len(tokens) - 1)
+                    takers.append((work, context, last and work.draw is not None))
+        for thread in step.draws:
+            work = self._work[thread]
+            context = work.queue[0]
+            if context.unfed:
+                self._feed(work, context, len(context.unfed), blocks, tokens)
+                wanted.append(len(tokens) - 1)
+                takers.append((work, context, True))
+            else:
+                ready.append((work, context))
+        sampling: list[tuple[_Work, Context, Tensor]] = []
+        for work, context in ready:
+            assert context.logits is not None
+            sampling.append((work, context, context.logits))
+        if blocks:
+            logits = self._forward(blocks, tokens, wanted)
+            for row, (work, context, draws) in enumerate(takers):
+                if work.score is not None:
+                    work.scored.append(logits[row])
+                elif draws:
+                    sampling.append((work, context, logits[row]))
+                else:
+                    context.logits = logits[row].clone()
+        self.num_steps += 1
+        for thread in {*(t for t, _ in step.feeds), *step.draws}:
+            run = self._work[thread].task.run
+            if run.last_step != self.num_steps:
+                run.last_step = self.num_steps
+                run.counts["steps"] += 1
+        if sampling:
+            self._sample(sampling)
+        done = dict.fromkeys(self.scheduler.advance(step))
+        for work, _, _ in sampling:
+            if work.draw is not None and work.draw.generation.done:
+                thread = _thread(work.task)
+                self.scheduler.stop(thread)
+                done[thread] = None
+        for thread in done:
+            if thread.state == "seated" and thread in self._work:
+                self._resume_done(thread)
+
+    def _portions(self, work: _Work, count: int) -> list[tuple[Context, int]]:
+        """Which contexts the next `count` known rows come from; a sampled token at the head rides along."""
+        portions: list[tuple[Context, int]] = []
+        for context in work.queue:
+            if not context.unfed or not count:
+                continue
+            rides = work.draw is not None and context.unfed[0].row is Row.DECODE
+            rows = min(len(context.unfed), count + rides)
+            portions.append((context, rows))
+            count -= rows - rides
+        return portions
+
+    def _feed(self, work: _Work, context: Context, count: int, blocks: list[Block], tokens: list[int]) -> None:
+        fed, segment, first = context.take(count)
+        blocks.append(Block(context.view, segment, first, count))
+        rows = work.task.run.rows
+        for unfed in fed:
+            tokens.append(unfed.token)
+            row = Row.FLUSH if work.flush and unfed.row is Row.DECODE else unfed.row
+            rows[row] += 1
+
+    def _forward(self, blocks: Sequence[Block], tokens: Sequence[int], wanted: Sequence[int]) -> Tensor:
+        decoder = self.model.decoder
+        attention = StepAttention(self.store, decoder.config, blocks, decoder.dtype)
+        return decoder.forward(
+            torch.tensor(tokens, dtype=torch.int64),
+            attention.positions,
+            attention,
+            torch.tensor(wanted, dtype=torch.int64),
+        )
+
+    def _sample(self, sampling: Sequence[tuple[_Work, Context, Tensor]]) -> None:
+        """Draw one token for each, and push it into its gen and context."""
+        draws: list[Draw] = []
+        rows: list[Tensor] = []
+        masks: list[Tensor | None] = []
+        failed: list[int] = []
+        for place, (work, _, row) in enumerate(sampling):
+            assert work.draw is not None
+            draws.append(work.draw)
+            rows.append(row)
+            masks.append(work.draw.generation.mask())
+            if masks[-1] is not None and not bool(masks[-1].any()):
+                failed.append(place)
+        logits = torch.stack(rows)
+        tokens = self._draw(logits, draws, masks, [work.task for work, _, _ in sampling])
+        wants = [i for i, d in enumerate(draws) if d.wants_logprobs]
+        found: dict[int, float] = {}
+        if wants:
+            index = torch.tensor(wants)
+            found = dict(zip(wants, logprob(logits[index].float(), tokens[index]).tolist(), strict=True))
+        for place, token in enumerate(tokens.tolist()):
+            work, context, row = sampling[place]
+            task, request = work.task, draws[place]
+            if place in failed:
+                request.generation.cut("failed", "no token fits the type within `max`")
+                context.logits = row.clone()
+                continue
+            self._take(task, context, request, token, found.get(place, 0.0), row)
+
+    def _take(self, task: Task, context: Context, request: Draw, token: int, log: float, row: Tensor) -> None:
+        run = task.run
+        if self.config.trace_logits:
+            run.logits.append(LogitsRow(task.path, task.drawn, row.clone(), token))
+        request.generation.push(token, log)
+        task.drawn += 1
+        task.spent += 1
+        task.critical += 1
+        task.drawn_ids.append(token)
+        run.counts["tokens_decoded"] += 1
+        run.counts["total_tokens"] += 1
+        if request.wants_logprobs:
+            task.logprob_sum += log
+            task.logprob_count += 1
+        context.push([token], Row.DECODE)
+        context.logits = row.clone() if request.generation.done else None
+        if run.listener is not None:
+            text = request.generation.delta()
+            if text:
+                run.emit(TextDelta(task.here, None, text))
+
+    def _draw(
+        self, logits: Tensor, draws: Sequence[Draw], masks: Sequence[Tensor | None], tasks: Sequence[Task]
+    ) -> Tensor:
+        def column(name: str, dtype: torch.dtype) -> Tensor:
+            return torch.tensor([d.parameters[name] for d in draws], dtype=dtype)
+
+        mask: Tensor | None = None
+        if any(m is not None for m in masks):
+            words = next(m.numel() for m in masks if m is not None)
+            free = torch.full((words,), -1, dtype=torch.int32)
+            mask = torch.stack([free if m is None else m for m in masks])
+        repetition = column("repetition_penalty", torch.float32)
+        presence = column("presence_penalty", torch.float32)
+        penal = bool((repetition != 1).any() or (presence != 0).any())
+        seen = [torch.tensor(t.drawn_ids, dtype=torch.int64) for t in tasks] if penal else ()
+        return draw(
+            logits.float(),
+            temperature=column("temperature", torch.float32),
+            top_k=column("top_k", torch.int64),
+            top_p=column("top_p", torch.float32),
+            min_p=column("min_p", torch.float32),
+            keys=torch.tensor([d.key for d in draws], dtype=torch.int64),
+            index=torch.tensor([t.drawn for t in tasks], dtype=torch.int64),
+            mask=mask,
+            repetition_penalty=repetition if penal else None,
+            presence_penalty=presence if penal else None,
+            seen=seen,
+            drawn=seen,
+        )
+
+    def _resume_done(self, thread: Thread) -> None:
+        work = self._work.pop(thread)
+        task = work.task
+        answer: Any = None
+        if work.score is not None:
+            context = task.context
+            context.trim(len(work.score.token_ids))
+            context.logits = work.scored[0]
+            answer = work.scored[:-1]
+        self._resume(task, answer)
+
+
+def _thread(task: Task) -> Thread:
+    if task.thread is None:
+        raise RuntimeError(f"{task.path} has no thread")
+    return task.thread
+
+
+def _result(run: Run) -> RunResult:
+    if run.result is None:
+        raise RuntimeError("the run is not over")
+    return run.result
+
+
+__all__ = ["BranchRecord", "Engine", "EngineConfig", "Interrupted", "Run", "RunResult", "StreamEvent", "Unfed"]

@@ -1,0 +1,157 @@
+"""The decoder of the Llama family in one file, tied to no cache: attention is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from anabranch.kernels.norms import rms_norm
+from anabranch.kernels.swiglu import swiglu
+from anabranch.runtime.config import ModelConfig, bad_model
+from anabranch.runtime.linear import Linear
+
+Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""attend(layer, q, k, v) -> out
+
+q, out: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].
+q and k are normed (where the model does that) but not rotated: a query is rotated once per distinct shift in its view.
+The callback owns rotation, the cache, visibility and the layer's sliding window; query head h reads key-value head
+h // (num_heads / num_kv_heads), and logits are scaled by head_dim ** -0.5.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """Token ids to logits.
+
+    config: the shape
+    weights: by Hugging Face name; each is taken once, cast to `dtype`, packed, and not kept, so a lazy mapping keeps
+        the peak at one copy of the model
+    dtype: torch.float32 or torch.float64
+    Raises PlanError `bad-model` naming a tensor that is missing or of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        name: str = "weights",
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the decoder computes in float32 or float64, not {dtype}")
+        self.config = config
+        self.dtype = dtype
+        self.device = torch.device(device)
+        take = _Taker(weights, dtype, self.device, name)
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self._embedding = take("model.embed_tokens.weight", vocab, hidden)
+        self._layers = tuple(_layer(config, take, f"model.layers.{i}.") for i in range(config.num_layers))
+        self._final_norm = take("model.norm.weight", hidden)
+        self._lm_head = Linear(self._embedding if config.tied_embeddings else take("lm_head.weight", vocab, hidden))
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, logit_rows: Tensor) -> Tensor:
+        """Feed `num_tokens` tokens through every layer.
+
+        token_ids: [num_tokens], int64, at least one
+        positions: [num_tokens], int64; what rotates them is `attend`'s, and nothing here reads them
+        logit_rows: [num_rows], int64, indices of the tokens whose logits are wanted; may be empty
+        Returns [num_rows, vocab_size], of the decoder's dtype.
+        Raises ValueError if the shapes disagree.
+        """
+        num_tokens = token_ids.shape[0]
+        if num_tokens == 0 or positions.shape != token_ids.shape:
+            raise ValueError(f"{num_tokens} token ids and {positions.shape[0]} positions")
+        config = self.config
+        eps, head_dim = config.rms_norm_eps, config.head_dim
+        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        hidden = torch.nn.functional.embedding(_two_rows(token_ids), self._embedding)
+        for i, layer in enumerate(self._layers):
+            qkv = layer.qkv(rms_norm(hidden, layer.attention_norm, eps))[:num_tokens]
+            q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
+            q = q.view(num_tokens, num_heads, head_dim)
+            k = k.view(num_tokens, num_kv_heads, head_dim)
+            v = v.view(num_tokens, num_kv_heads, head_dim)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
+            attended = attend(i, q, k, v).reshape(num_tokens, q_size)
+            hidden = hidden + layer.output(_two_rows(attended))
+            gate, up = layer.gate_up(rms_norm(hidden, layer.mlp_norm, eps)).chunk(2, dim=-1)
+            hidden = hidden + layer.down(swiglu(gate, up))
+        num_rows = logit_rows.shape[0]
+        if num_rows == 0:
+            return hidden.new_empty(0, config.vocab_size)
+        rows = _two_rows(hidden.index_select(0, logit_rows))
+        return self._lm_head(rms_norm(rows, self._final_norm, eps))[:num_rows]
+
+
+def _two_rows(x: Tensor) -> Tensor:
+    """One row is padded to two: packed linears give the same bits to a row for any number of rows but one."""
+    return x if x.shape[0] > 1 else torch.cat((x, x))
+
+
+@dataclass(frozen=True, slots=True)
+class _Taker:
+    """Takes tensors by name, checked and cast."""
+
+    weights: Mapping[str, Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    name: str
+
+    def __call__(self, key: str, *shape: int) -> Tensor:
+        try:
+            found = self.weights[key]
+        except KeyError:
+            raise bad_model(self.name, f"tensor `{key}` is missing") from None
+        if tuple(found.shape) != shape:
+            raise bad_model(self.name, f"tensor `{key}` has shape {list(found.shape)}, expected {list(shape)}")
+        return found.to(device=self.device, dtype=self.dtype)
+
+
+def _layer(config: ModelConfig, take: _Taker, prefix: str) -> _Layer:
+    hidden, head_dim, ff = config.hidden_size, config.head_dim, config.intermediate_size
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+
+    def stacked(sizes: Mapping[str, int], in_features: int, has_bias: bool) -> Linear:
+        """Linears of one input, as one."""
+        weights = [take(f"{prefix}{name}.weight", size, in_features) for name, size in sizes.items()]
+        bias = [take(f"{prefix}{name}.bias", size) for name, size in sizes.items()] if has_bias else None
+        return Linear(
+            torch.cat(weights) if len(weights) > 1 else weights[0],
+            None if bias is None else torch.cat(bias),
+        )
+
+    return _Layer(
+        attention_norm=take(f"{prefix}input_layernorm.weight", hidden),
+        qkv=stacked(
+            {"self_attn.q_proj": q_size, "self_attn.k_proj": kv_size, "self_attn.v_proj": kv_size},
+            hidden,
+            config.qkv_bias,
+        ),
+        q_norm=take(f"{prefix}self_attn.q_norm.weight", head_dim) if config.qk_norm else None,
+        k_norm=take(f"{prefix}self_attn.k_norm.weight", head_dim) if config.qk_norm else None,
+        output=stacked({"self_attn.o_proj": hidden}, q_size, config.output_bias),
+        mlp_norm=take(f"{prefix}post_attention_layernorm.weight", hidden),
+        gate_up=stacked({"mlp.gate_proj": ff, "mlp.up_proj": ff}, hidden, config.mlp_bias),
+        down=stacked({"mlp.down_proj": hidden}, ff, config.mlp_bias),
+    )

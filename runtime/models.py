@@ -1,0 +1,139 @@
+"""Models by name: the embedded SmolLM2, a Hugging Face folder, a GGUF file, the hub, and the random test model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, did_you_mean
+from anabranch.runtime import smollm2
+from anabranch.runtime.chat import Chat, RawChat, read_chat
+from anabranch.runtime.config import ModelConfig, bad_model
+from anabranch.runtime.model import Decoder
+from anabranch.runtime.random_model import random_config, random_weights
+from anabranch.runtime.tokenizer import Tokenizer, byte_tokenizer
+from anabranch.runtime.weights import GgufFile, SafetensorsFolder
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run.
+
+    fingerprint: hex digits that differ between models; weights of a folder are sampled, not read whole
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    chat: Chat
+    name: str
+    fingerprint: str
+
+
+def load(name: str, *, dtype: torch.dtype = torch.float32, template: str | None = None) -> LoadedModel:
+    """Load a model by the name that `--model` takes.
+
+    name: `smollm2`; `random` or `random:SEED`; a folder in Hugging Face's layout; a `.gguf` file; or `ORG/NAME`
+    dtype: what to compute in, torch.float32 or torch.float64
+    template: None for the model's own chat template, `raw` for none
+    Raises PlanError `no-model` (there is none of that name here), `bad-model` (broken or not supported) or
+    `bad-template`.
+    """
+    if template not in (None, "raw"):
+        raise PlanError(Diagnostic("bad-template", f"there is no chat template `{template}`", help="`--template raw`"))
+    if name == "random" or name.startswith("random:"):
+        return _load_random(name, dtype, template)
+    if name == "smollm2":
+        return _load_folder(smollm2.folder(), name, dtype, template)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, name, dtype, template)
+    if path.is_file() and path.suffix == ".gguf":
+        return _load_gguf(path, name, dtype, template)
+    if path.is_file():
+        raise bad_model(name, "it is a file, not a folder or a `.gguf` file")
+    if _HUB_NAME.fullmatch(name):
+        return _load_folder(_fetch_from_hub(name), name, dtype, template)
+    raise PlanError(
+        Diagnostic(
+            "no-model",
+            f"there is no model `{name}`",
+            help=did_you_mean(name, ("smollm2", "random")) or "`smollm2`, `random`, a folder, or `ORG/NAME`",
+        )
+    )
+
+
+def _load_random(name: str, dtype: torch.dtype, template: str | None) -> LoadedModel:
+    text = name.partition(":")[2] or "0"
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise PlanError(Diagnostic("no-model", f"`{text}` is no seed for the random model", help="`random:SEED`"))
+    tokenizer = byte_tokenizer()
+    config = random_config(tokenizer)
+    decoder = Decoder(config, random_weights(config, tokenizer, int(text)), dtype=dtype, name=name)
+    return _loaded(decoder, tokenizer, name, template, f"random {int(text)} {config}".encode())
+
+
+def _load_folder(folder: Path, name: str, dtype: torch.dtype, template: str | None) -> LoadedModel:
+    config = ModelConfig.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    decoder = Decoder(config, SafetensorsFolder(folder), dtype=dtype, name=str(folder))
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jinja", ".safetensors")]
+    return _loaded(decoder, tokenizer, name, template, b"".join(map(_sample, files)))
+
+
+def _load_gguf(path: Path, name: str, dtype: torch.dtype, template: str | None) -> LoadedModel:
+    file = GgufFile(path)
+    decoder = Decoder(file.config, file, dtype=dtype, name=name)
+    return _loaded(decoder, Tokenizer.from_gguf(file), name, template, _sample(path))
+
+
+def _loaded(decoder: Decoder, tokenizer: Tokenizer, name: str, template: str | None, identity: bytes) -> LoadedModel:
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise bad_model(
+            name, f"its tokenizer has {tokenizer.vocab_size} tokens, its decoder only {decoder.config.vocab_size}"
+        )
+    chat = RawChat() if template == "raw" else read_chat(tokenizer, name)
+    fingerprint = hashlib.sha256(identity).hexdigest()[:16]
+    return LoadedModel(decoder, tokenizer, chat, name, fingerprint)
+
+
+def _sample(path: Path) -> bytes:
+    """A digest of a file's name, size, and 64 pieces of at most 64 KiB spread over it: small files are read whole."""
+    piece = 1 << 16
+    digest = hashlib.sha256(path.name.encode())
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        for start in range(0, size, max(piece, size // 63)):
+            file.seek(start)
+            digest.update(file.read(piece))
+    return digest.digest()
+
+
+def _fetch_from_hub(name: str) -> Path:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise PlanError(
+            Diagnostic(
+                "no-model",
+                f"there is no folder `{name}`, and fetching a model needs the `hub` extra",
+                help="pip install 'anabranch[hub]'",
+            )
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub's errors share no base class with those of the HTTP library below it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PlanError(
+            Diagnostic(
+                "no-model", f"cannot fetch `{name}` from the hub: {reason}", help="check the name and the network"
+            )
+        ) from None

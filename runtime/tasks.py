@@ -1,0 +1,745 @@
+"""The threads of a run: each walks its region of the graph and asks the engine for rows, tokens and branches.
+
+request = Feed()                 the unfed tokens of the thread's context
+        | Rows(contexts)         the unfed tokens of other contexts: the winners of a stitch
+        | Score(token ids)       forced continuations, each taken back again
+        | Draw(generation, ...)  tokens, until the gen is done
+        | Spawn(fork)            branches, until the join closes
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
+
+from torch import Tensor
+
+from anabranch.compiler import graph
+from anabranch.compiler.bounds import Bounds
+from anabranch.compiler.scheduler import Fork as ScheduledFork
+from anabranch.compiler.scheduler import Thread
+from anabranch.dsl.ast import Expr, Str, names_in
+from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
+from anabranch.dsl.values import EvaluationError, evaluate, parts, render
+from anabranch.runtime.context import Context, Row
+from anabranch.runtime.events import BranchStarted, Event, GenEnded, HostCalled, Joined, Path, Status
+from anabranch.runtime.generation import Generation, choice_encodings, read_value, recorded_ids
+from anabranch.runtime.joins import JoinResult, JoinState
+from anabranch.runtime.pages import Entry, View
+from anabranch.runtime.sampler import draw_key
+
+if TYPE_CHECKING:
+    from anabranch.runtime.engine import Engine, Run
+
+SAMPLING_DEFAULTS = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+}
+
+
+KEPT_LOGITS = 64
+"""Up to this many branches keep the logits of their last token until the join; in a wider fork the winner's last token
+is fed once more, since a row of logits is as large as the vocabulary."""
+
+
+class BranchStopped(Exception):
+    """A thread cannot go on: it failed, or was truncated."""
+
+    def __init__(self, reason: str, status: Status = "failed") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.status: Status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Feed what is unfed. `flush`: it is fed only because the segment seals."""
+
+    flush: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Feed what is unfed in each of `contexts`, before they are aliased."""
+
+    contexts: tuple[Context, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Feed `token_ids` and answer with the logits before each of them; the tokens are taken back."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Draw:
+    """Draw tokens into `generation` until it is done.
+
+    key: Philox key; parameters: the six sampling options by name
+    """
+
+    generation: Generation
+    key: tuple[int, int]
+    parameters: Mapping[str, float]
+    wants_logprobs: bool
+
+
+@dataclass(slots=True)
+class Spawn:
+    """Run the branches of `fork` and answer with its `JoinResult`."""
+
+    fork: ForkState
+
+
+Request: TypeAlias = Feed | Rows | Score | Draw | Spawn
+Steps: TypeAlias = Generator[Request, Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """What one branch of a fork is started with."""
+
+    key: str
+    label: str | None
+    region: graph.Region
+    names: Mapping[str, Value]
+    prompt: Expr | None
+    hold_space: bool
+    limits: Limits
+    budget: int | None
+    generated: Collection[str] = ()
+
+
+@dataclass(slots=True)
+class ForkState:
+    """A fork while its branches run.
+
+    site: as in events; branches are made as they start, so that a wide fork costs nothing until then
+    fresh: which branches start from an empty view
+    """
+
+    parent: Task
+    site: str
+    width: int
+    branch: Callable[[int], Branch]
+    join: JoinState
+    limits: Limits
+    needs: Sequence[Any]
+    callee: str | None = None
+    deadline: float | None = None
+    scheduled: ScheduledFork | None = None
+    running: dict[int, Task] = field(default_factory=dict)
+    finished: dict[int, Task] = field(default_factory=dict)
+    closed: bool = False
+    depth: int = 0
+    base_view: View | None = None
+
+
+class Task:
+    """One thread of a run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        run: Run,
+        path: Path,
+        context: Context,
+        region: graph.Region,
+        names: MutableMapping[str, Value],
+        *,
+        parent: ForkState | None = None,
+        index: int = 0,
+        label: str | None = None,
+        budget: int | None = None,
+        depth: int = 0,
+        critical: int = 0,
+        plan: str = "",
+        own_names: Collection[str] = (),
+        generated: Collection[str] = (),
+    ) -> None:
+        self.engine = engine
+        self.run = run
+        self.path = path
+        self.context = context
+        self.region = region
+        self.names = names
+        self.parent = parent
+        self.index = index
+        self.label = label
+        self.budget = budget
+        self.depth = depth
+        self.thread: Thread | None = None
+        self.steps: Steps | None = None
+        self.request: Request | None = None
+        self.fork: ForkState | None = None
+        self.base_view = context.view
+        self.base_position = context.position
+        self.text: list[str] = []
+        self.held_space = False
+        self.rounds: tuple[str, ...] = ()
+        self.drawn = 0
+        self.spent = 0
+        self.below = 0
+        self.logprob_sum = 0.0
+        self.logprob_count = 0
+        self.drawn_ids: list[int] = []
+        self.critical = critical
+        self.plan = plan
+        self.charged = 0
+        self.attempt = 0
+        self.own_names: set[str] = set(names) if parent is None else set(own_names)
+        self.generated: set[str] = set(generated)
+
+    @property
+    def here(self) -> Path:
+        """The path of what happens now, loop rounds included."""
+        return self.path + self.rounds
+
+    @property
+    def tokens(self) -> int:
+        """Tokens decoded in this thread and its branches."""
+        return self.spent + self.below + (sum(t.tokens for t in self.fork.running.values()) if self.fork else 0)
+
+    def num_pages(self) -> int:
+        """Pages that this thread's context has gained since it began."""
+        context = self.context
+        gained = context.view.gained_since(self.base_view) if context.view is not None else []
+        return context.num_pages() + sum(len(entry.segment.pages) for entry in gained)
+
+    def emit(self, event: Event) -> None:
+        self.run.emit(event)
+
+    def start(self, branch: Branch | None) -> None:
+        """Begin to walk the region."""
+        self.emit(BranchStarted(self.path, self.label))
+        self.steps = self._walk(branch)
+
+    def _walk(self, branch: Branch | None) -> Steps:
+        if branch is not None and branch.prompt is not None:
+            self._write(branch.prompt, hold_space=branch.hold_space)
+        returned = yield from self._region(self.region)
+        value = returned.value if returned is not None else "".join(self.text)
+        if self.parent is not None and self.parent.join.spec.context == "stitch":
+            yield from self._ready_to_stitch(self.parent)
+        return value
+
+    def _ready_to_stitch(self, fork: ForkState) -> Steps:
+        """Leave at most one token for the join to flush, and no logits that it will not read."""
+        context = self.context
+        if len(context.unfed) > 1 or any(u.row is not Row.DECODE for u in context.unfed):
+            # Known text at the end is the branch's own prefill.
+            yield Feed()
+        if fork.join.spec.kind == "all" or (fork.join.spec.count or 1) > 1:
+            if fork.width > 1:
+                context.logits = None
+        elif fork.width > KEPT_LOGITS and not context.unfed and context.segment is not None and context.segment.length:
+            self._reopen()
+
+    def _region(self, region: graph.Region) -> Generator[Request, Any, Returned | None]:
+        for node in region.nodes:
+            match node:
+                case graph.Write():
+                    self._statement(node)
+                case graph.Decode():
+                    yield from self._decode(node)
+                case graph.Fork():
+                    yield from self._fork(node)
+                case graph.Map():
+                    yield from self._map(node)
+                case graph.Reduce():
+                    yield from self._reduce(node)
+                case graph.Call():
+                    yield from self._call(node)
+                case graph.Loop():
+                    outer = self.rounds
+                    for number in range(node.rounds):
+                        self.rounds = (*outer, f"{node.site}[{number}]")
+                        returned = yield from self._region(node.region)
+                        if returned is not None:
+                            return returned
+                        if node.until is not None and self._evaluate(node.until):
+                            break
+                    self.rounds = outer
+                case graph.Cond():
+                    arm = node.then if self._evaluate(node.cond) else node.orelse
+                    if arm is not None:
+                        returned = yield from self._region(arm)
+                        if returned is not None:
+                            return returned
+                case graph.Let():
+                    generated = self._is_generated(node.value)
+                    self.names[node.name] = self._evaluate(node.value)
+                    self.own_names.add(node.name)
+                    if generated:
+                        self.generated.add(node.name)
+                case graph.Need():
+                    if not self._evaluate(node.cond):
+                        raise BranchStopped(f"`need` does not hold{self.run.at(node.span)}")
+                case graph.Return():
+                    return Returned(self._evaluate(node.value))
+                case graph.Expand():
+                    raise BranchStopped("`expand` is not available")
+                case _:
+                    assert_never(node)
+        return None
+
+    def _evaluate(self, expr: Expr) -> Value:
+        return evaluate(expr, self.names, self._host)
+
+    def _host(self, function: str, args: list[Value]) -> Value:
+        target = self.run.functions.get(function)
+        if target is None:
+            raise EvaluationError(f"no function `{function}` was registered")
+        try:
+            value = target(*args)
+        except Exception as error:
+            reason = f"`{function}` raised {type(error).__name__}: {error}"
+            self.emit(HostCalled(self.here, function, None, reason))
+            raise EvaluationError(reason) from error
+        self.emit(HostCalled(self.here, function, value))
+        return value
+
+    def _is_generated(self, expr: Expr) -> bool:
+        """Whether text that a thread of this run decoded may be in the value."""
+        return any(self._names_generated(name) for name in names_in(expr))
+
+    def _names_generated(self, name: str) -> bool:
+        task: Task | None = self
+        while task is not None:
+            if name in task.own_names:
+                return name in task.generated
+            task = task.parent.parent if task.parent is not None and task.parent.callee is None else None
+        return False
+
+    def _without_generated(self, value: Expr) -> list[tuple[str, bool]]:
+        """The pieces of a statement, but for those that interpolate generated text."""
+        kept = value.parts if isinstance(value, Str) else () if self._is_generated(value) else (value,)
+        return [
+            piece
+            for part in kept
+            if isinstance(part, str) or not self._is_generated(part)
+            for piece in (((part, True),) if isinstance(part, str) else parts(part, self.names, self._host))
+        ]
+
+    def _pieces(self, value: Expr, *, hold_space: bool) -> list[tuple[str, bool]]:
+        """The text of a statement; one trailing space is held back if asked for and there."""
+        pieces = list(parts(value, self.names, self._host))
+        while pieces and not pieces[-1][0]:
+            pieces.pop()
+        self.held_space = False
+        if hold_space and pieces and pieces[-1][0].endswith(" "):
+            text, literal = pieces[-1]
+            pieces[-1] = (text[:-1], literal)
+            self.held_space = True
+        return pieces
+
+    def _push(self, pieces: list[tuple[str, bool]], value: Expr | None = None) -> None:
+        start = self.engine.is_blank(self.context)
+        ids = self.engine.tokenizer.encode(pieces, start=start)
+        again = 0
+        if value is not None and self._is_generated(value):
+            again = len(ids) - len(self.engine.tokenizer.encode(self._without_generated(value), start=start))
+            again = min(max(0, again), len(ids))
+        self.context.push(ids[: len(ids) - again], Row.PREFILL)
+        self.context.push(ids[len(ids) - again :], Row.REPREFILL)
+        self.run.check_position(self.context.position)
+
+    def _open_assistant(self) -> None:
+        if self.context.role == "between":
+            self.context.role = "assistant"
+            self._push(self.engine.chat.open_assistant(first=False))
+
+    def _write(self, value: Expr, *, hold_space: bool) -> None:
+        self._open_assistant()
+        pieces = self._pieces(value, hold_space=hold_space)
+        self.text.extend(text for text, _ in pieces)
+        self._push(pieces, value)
+
+    def _statement(self, node: graph.Write) -> None:
+        if node.role == "text":
+            self._write(node.value, hold_space=node.hold_space)
+            return
+        context = self.context
+        content = self._pieces(node.value, hold_space=False)
+        self.text.extend(text for text, _ in content)
+        turn = self.engine.chat.turn(node.role, content, first=context.role is None, open=context.role == "assistant")
+        context.role = "between"
+        self._push(turn, node.value)
+
+    def _decode(self, node: graph.Decode) -> Steps:
+        self._open_assistant()
+        if node.prompt is not None:
+            self._write(node.prompt, hold_space=True)
+        held, self.held_space = self.held_space, False
+        spec = node.spec
+        if spec.recorded is not None:
+            ended = self._recorded(node, held)
+        elif isinstance(spec.type, ChoiceType) and spec.type.by == "logprob":
+            ended = yield from self._choose(node, spec.type, held)
+        else:
+            ended = yield from self._draw(node, held)
+        self.emit(ended)
+        self.text.append(self.engine.text_of(ended.ids))
+        if ended.end == "failed":
+            raise BranchStopped(ended.reason or "the gen failed")
+        if ended.end == "truncated":
+            raise BranchStopped(ended.reason, "truncated")
+        self._bind(node.name, ended.value)
+
+    def _bind(self, name: str | None, value: Value) -> None:
+        if name is not None:
+            self.names[name] = value
+            self.own_names.add(name)
+            self.generated.add(name)
+
+    def _recorded(self, node: graph.Decode, held: bool) -> GenEnded:
+        assert node.spec.recorded is not None
+        value = self._evaluate(node.spec.recorded)
+        try:
+            ids = recorded_ids(self.engine.tokenizer, value)
+            text = self.engine.text_of(ids)
+            shown = text[1:] if held and text.startswith(" ") else text
+            read = read_value(node.spec.type, shown)
+        except ValueError as error:
+            raise BranchStopped(f"the recorded text does not fit: {error}") from error
+        self.context.push(ids, Row.PREFILL)
+        self.critical += len(ids)
+        self.run.counts["total_tokens"] += len(ids)
+        self.run.check_position(self.context.position)
+        return GenEnded(self.here, node.site, node.name, tuple(ids), 0, shown, read, "recorded")
+
+    def _choose(self, node: graph.Decode, kind: ChoiceType, held: bool) -> Generator[Request, Any, GenEnded]:
+        """Score each option as a continuation; the most probable is written, the first of equals."""
+        options = choice_encodings(self.engine.tokenizer, kind, held_space=held)
+        yield from self._at_hand()
+        scores: list[float] = []
+        for ids in options:
+            rows: list[Tensor] = yield Score(ids)
+            scores.append(sum(self.engine.logprob(row, token) for row, token in zip(rows, ids, strict=True)))
+        best = max(range(len(options)), key=lambda i: (scores[i], -i))
+        self.context.push(options[best], Row.PREFILL)
+        value = kind.options[best]
+        return GenEnded(self.here, node.site, node.name, options[best], 0, value, value, "complete")
+
+    def _at_hand(self) -> Generator[Request, Any, None]:
+        """Feed until the logits of the last token are at hand."""
+        context = self.context
+        if context.unfed:
+            yield Feed()
+        elif context.logits is None:
+            self._reopen()
+            yield Feed()
+
+    def _reopen(self) -> None:
+        """The last token was fed and its logits are gone: it is fed once more."""
+        context = self.context
+        if context.segment is None or not context.segment.length:
+            raise BranchStopped("there is nothing to continue from")
+        context.push(context.trim(1), Row.RECOMPUTE)
+
+    def _draw(self, node: graph.Decode, held: bool) -> Generator[Request, Any, GenEnded]:
+        spec = node.spec
+        left = spec.max_tokens if self.budget is None else min(spec.max_tokens, self.budget - self.spent - self.charged)
+        if left < 1:
+            raise BranchStopped("the budget ran out", "truncated")
+        context = self.context
+        if not context.unfed and context.logits is None:
+            self._reopen()
+        self.run.check_position(context.position + left)
+        constraint = self.engine.constraints.start(spec.type, held_space=held, stop=spec.stop)
+        generation = Generation(spec, self.engine.tokenizer, constraint=constraint, held_space=held, limit=left)
+        seed = self.run.seed if spec.seed is None else int(self._evaluate(spec.seed))
+        key = draw_key(seed, self.run.input_index, self.here)
+        parameters = {name: self._parameter(spec, name) for name in SAMPLING}
+        wants = bool(spec.logprobs) or self.run.wants_logprobs
+        context.expect = -(-(len(context.unfed) + left) // context.pool.page_size)
+        yield Draw(generation, key, parameters, wants)
+        self._settle(generation)
+        ended = generation.done or "failed"
+        if ended == "max" and left < spec.max_tokens:
+            ended = "truncated"
+            generation.reason = "the budget ran out"
+        return GenEnded(
+            self.here,
+            node.site,
+            node.name,
+            generation.kept_ids,
+            generation.drawn,
+            generation.text,
+            generation.value,
+            ended,
+            generation.logprobs if wants else (),
+            generation.reason,
+        )
+
+    def _parameter(self, spec: GenSpec, name: str) -> float:
+        expr = spec.sampling.get(name)
+        if expr is None:
+            return SAMPLING_DEFAULTS[name]
+        value = self._evaluate(expr)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise BranchStopped(f"`{name}` is not a number")
+        return value
+
+    def _settle(self, generation: Generation) -> None:
+        """Make the context hold what the gen keeps.
+
+        Before: every drawn token but the last is fed, the last is unfed, and the logits are those it was drawn from.
+        """
+        context = self.context
+        drawn, kept = generation.drawn, generation.kept
+        if kept < drawn:
+            logits = context.logits
+            context.discard(1)
+            self.run.counts["tokens_unfed"] += 1
+            if kept < drawn - 1:
+                context.trim(drawn - 1 - kept)
+                logits = None
+            context.logits = logits
+        if generation.replacement:
+            context.push(generation.replacement, Row.PREFILL)
+
+    def _fork(self, node: graph.Fork) -> Steps:
+        arms: list[graph.Arm] = []
+        if node.width is not None:
+            width = self._evaluate(node.width)
+            most = node.arms[0].multiplicity
+            if isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= most:
+                raise BranchStopped(f"a fork of {render(width)} branches where from 0 to {most} may be")
+            arms = [node.arms[0]] * width
+        else:
+            arms = [arm for arm in node.arms for _ in range(arm.multiplicity)]
+        needs = self.run.bounds.children(node, len(arms))
+        shares = self._shares(node, [self.run.bounds.tokens(arm.region) for arm in arms], node.limits)
+
+        def branch(index: int) -> Branch:
+            arm = arms[index]
+            names: dict[str, Value] = {} if node.index is None else {node.index: index}
+            key = arm.label if arm.label is not None else str(index)
+            limits = arm.limits
+            budget = _least(shares[index], limits.budget)
+            return Branch(key, arm.label, arm.region, names, arm.prompt, arm.hold_space, limits, budget)
+
+        labels = [arm.label for arm in arms]
+        value = yield from self._run_branches(
+            node.site, labels, branch, node.join, node.limits, needs, fresh=all(_fresh(node.limits, a) for a in arms)
+        )
+        self._bind(node.name, value)
+
+    def _map(self, node: graph.Map) -> Steps:
+        items = self._items(node.over, node.most)
+        needs = self.run.bounds.children(node, len(items))
+        shares = self._shares(node, [self.run.bounds.tokens(node.region)] * len(items), node.limits)
+
+        def branch(index: int) -> Branch:
+            names: dict[str, Value] = {node.item: items[index]}
+            if node.index is not None:
+                names[node.index] = index
+            return Branch(str(index), None, node.region, names, None, False, node.limits, shares[index], generated)
+
+        generated = (node.item,) if self._is_generated(node.over) else ()
+        value = yield from self._run_branches(
+            node.site, [None] * len(items), branch, node.join, node.limits, needs, fresh=node.limits.fresh
+        )
+        self._bind(node.name, value)
+
+    def _items(self, over: Expr, most: int) -> list[Value]:
+        items = self._evaluate(over)
+        if not isinstance(items, list):
+            raise BranchStopped(f"a list is wanted here, not {render(items)[:40]!r}")
+        if len(items) > most:
+            raise BranchStopped(f"{len(items)} items where at most {most} may be")
+        return items
+
+    def _reduce(self, node: graph.Reduce) -> Steps:
+        values = self._items(node.over, node.most)
+        if not values:
+            raise BranchStopped("`reduce` of nothing")
+        started = 0
+        while len(values) > 1:
+            groups = [values[i : i + node.by] for i in range(0, len(values), node.by)]
+            run = [i for i, group in enumerate(groups) if len(group) > 1]
+            needs = self.run.bounds.children(node, len(run))
+            shares = self._shares(node, [self.run.bounds.tokens(node.region)] * len(run), node.limits)
+            first = started
+
+            def branch(
+                index: int, groups: list[list[Value]] = groups, run: list[int] = run, first: int = first,
+                shares: Sequence[int | None] = shares,
+            ) -> Branch:  # fmt: skip
+                names = {node.item: groups[run[index]]}
+                key = str(first + index)
+                return Branch(key, None, node.region, names, None, False, node.limits, shares[index], (node.item,))
+
+            merged = yield from self._run_branches(
+                node.site, [None] * len(run), branch, JoinSpec(), node.limits, needs, fresh=node.limits.fresh
+            )
+            started += len(run)
+            if len(merged) < len(run):
+                raise BranchStopped("a group of `reduce` did not come out")
+            values = [group[0] for group in groups]
+            for place, value in zip(run, merged, strict=True):
+                values[place] = value
+        self._bind(node.name, values[0])
+
+    def _call(self, node: graph.Call) -> Steps:
+        plan = self.run.graph.plans[node.plan]
+        depth = self.depth + 1 if node.plan == self.plan else 0
+        if depth > plan.depth:
+            raise BranchStopped(f"`{plan.name}` calls itself deeper than {plan.depth}")
+        names = {name: self._evaluate(value) for name, value in node.args}
+        needs = self.run.bounds.children(node, 1)
+        shares = self._shares(node, [self.run.bounds.tokens(plan.region)], node.limits)
+        budget = _least(shares[0], plan.limits.budget)
+
+        def branch(index: int) -> Branch:
+            return Branch("0", None, plan.region, names, None, False, node.limits, budget, generated)
+
+        generated = [name for name, value in node.args if self._is_generated(value)]
+
+        value = yield from self._run_branches(
+            node.site,
+            [None],
+            branch,
+            JoinSpec("first", 1),
+            node.limits,
+            needs,
+            fresh=node.limits.fresh,
+            callee=node.plan,
+        )
+        self._bind(node.name, value)
+
+    def _shares(self, node: graph.Node, worst: Sequence[int], limits: Limits) -> Sequence[int | None]:
+        """What each branch may decode: its worst case where all of those fit, else an equal share."""
+        left = None if self.budget is None else self.budget - self.spent - self.charged - self.run.bounds.rest(node)
+        left = _least(left, limits.budget)
+        if left is None or not worst:
+            return [None] * len(worst)
+        left = max(0, left)
+        shares = worst if sum(worst) <= left else [left // len(worst)] * len(worst)
+        # Charged whole, spent or not: what one branch leaves over never changes what a later statement may decode.
+        self.charged += sum(shares)
+        return shares
+
+    def _run_branches(
+        self,
+        site: str,
+        labels: list[str | None],
+        branch: Callable[[int], Branch],
+        spec: JoinSpec,
+        limits: Limits,
+        needs: Sequence[Any],
+        *,
+        fresh: bool,
+        callee: str | None = None,
+    ) -> Generator[Request, Any, Value]:
+        context = self.context
+        if not fresh:
+            self._open_assistant()
+            if self.held_space:
+                # A space held back for a gen that did not come belongs to the text after all.
+                self.held_space = False
+            if context.unfed:
+                yield Feed(flush=len(context.unfed) == 1)
+            logits = context.logits
+            context.seal()
+            context.logits = logits
+            self.engine.remember(context)
+        state = ForkState(
+            self,
+            site,
+            len(labels),
+            branch,
+            JoinState(spec, labels, deterministic=self.run.deterministic),
+            limits,
+            needs,
+        )
+        state.base_view = context.view
+        state.callee = callee
+        result: JoinResult
+        if labels:
+            result = yield Spawn(state)
+        else:
+            state.join.close_now()
+            result = state.join.result()
+        value = yield from self._join(state, result)
+        return value
+
+    def _join(self, state: ForkState, result: JoinResult) -> Generator[Request, Any, Value]:
+        spec = state.join.spec
+        winners = [state.finished[i] for i in result.winners]
+        if not result.failed and spec.context == "stitch" and winners:
+            yield from self._stitch(state, winners)
+        elif not result.failed and spec.context == "text":
+            self._open_assistant()
+            text = "".join("".join(task.text) for task in winners)
+            ids = self.engine.tokenizer.encode([(text, False)], start=self.engine.is_blank(self.context))
+            self.context.push(ids, Row.REPREFILL)
+            self.text.append(text)
+            self.run.check_position(self.context.position)
+        for task in state.finished.values():
+            task.context.drop()
+        self.emit(Joined(self.here, state.site, result.ok, result.winners, result.value, result.failed))
+        if not result.failed:
+            return result.value
+        if state.limits.fallback is None and state.callee is not None:
+            ended = state.join.ended[0]
+            raise BranchStopped(f"`{state.callee}` {ended.status}: {ended.reason}")
+        if state.limits.fallback is None:
+            raise BranchStopped(f"{state.site}: {result.failed}")
+        return self._evaluate(state.limits.fallback)
+
+    def _stitch(self, state: ForkState, winners: list[Task]) -> Generator[Request, Any, None]:
+        context = self.context
+        unfed = tuple(task.context for task in winners if task.context.unfed)
+        if unfed:
+            yield Rows(unfed)
+        logits = winners[0].context.logits if len(winners) == 1 else None
+        entries: list[Entry] = []
+        start = context.position
+        end = start
+        offset = 0
+        for task in winners:
+            view = task.context.seal()
+            gained = view.gained_since(state.base_view) if view is not None else []
+            entries.extend(Entry(e.segment, e.shift + offset) for e in gained)
+            length = task.context.position - start
+            if state.join.spec.positions == "sum":
+                offset += length
+                end = start + offset
+            else:
+                end = max(end, task.context.position)
+            self.text.extend(task.text)
+        self.run.counts["tokens_aliased"] += sum(e.segment.length for e in entries)
+        if entries:
+            context.alias(entries, end)
+            context.logits = logits
+        self.run.check_position(end)
+
+
+def _fresh(limits: Limits, arm: graph.Arm) -> bool:
+    return limits.fresh or arm.limits.fresh
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return a if b is None else b if a is None else min(a, b)
+
+
+def child_names(outer: MutableMapping[str, Value], own: Mapping[str, Value]) -> MutableMapping[str, Value]:
+    """A branch's names: its own, over those it sees of its parent."""
+    return ChainMap(dict(own), outer)
+
+
+__all__ = ["Bounds", "Branch", "Draw", "Feed", "ForkState", "Request", "Rows", "Score", "Spawn", "Task"]
