@@ -142,6 +142,11 @@ class Run:
         if self.listener is not None:
             self.listener(self, event)
 
+    def drop(self, context: Context) -> None:
+        """Let go of a context; sampled tokens that nothing needed are counted as never fed."""
+        self.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in context.unfed)
+        context.drop()
+
     def at(self, span: Span) -> str:
         """ ", line 4" of the plan's source."""
         line, _ = self.compiled.program.source.position(span.start)
@@ -209,9 +214,9 @@ class Engine:
         target = Target(
             self.model.name,
             deterministic=self.config.deterministic,
-            start_token=self.tokenizer.bos_id is not None,
         )
-        return compile_plan(program, name, functions=functions, target=target)
+        start_token = self.tokenizer.bos_id is not None
+        return compile_plan(program, name, functions=functions, target=target, start_token=start_token)
 
     def submit(
         self,
@@ -391,8 +396,8 @@ class Engine:
                     continue
                 task = self._tasks.get(thread)
                 if task is None:
-                    task = self._make_child(thread)
-                if task.steps is None:
+                    self._resume(self._make_child(thread), None)
+                elif task.steps is None:
                     task.start(None)
                     self._resume(task, None)
                 elif isinstance(task.request, Spawn):
@@ -525,7 +530,7 @@ class Engine:
             branch = fork.branch(task.index)
             if task.attempt < max(branch.limits.retry, fork.limits.retry):
                 self._leave_run(task, status, None, reason)
-                task.context.drop()
+                task.run.drop(task.context)
                 again = self._child_task(fork, task.index, task.attempt + 1)
                 again.thread, task.thread = task.thread, None
                 again.critical = max(again.critical, task.critical)
@@ -538,9 +543,7 @@ class Engine:
         self._end(task, status, None, reason)
 
     def _leave_run(self, task: Task, status: Status, value: Value, reason: str) -> None:
-        run = task.run
-        run.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in task.context.unfed) if status != "ok" else 0
-        run.emit(BranchEnded(task.path, status, "".join(task.text), value, reason, task.spent, task.label))
+        task.run.emit(BranchEnded(task.path, status, "".join(task.text), value, reason, task.spent, task.label))
 
     def _end(self, task: Task, status: Status, value: Value, reason: str) -> None:
         """A task is over: its own branches are ended, and its parent's join told."""
@@ -558,12 +561,10 @@ class Engine:
         fork = task.parent
         keeps = status == "ok" and fork is not None and not fork.closed and fork.join.spec.context == "stitch"
         if not keeps:
-            if status == "ok":
-                task.run.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in task.context.unfed)
             if fork is None and not task.context.unfed:
                 task.context.seal()
                 self.remember(task.context)
-            task.context.drop()
+            task.run.drop(task.context)
         self.scheduler.end(thread, kept=task.num_pages() if keeps else 0)
         del self._tasks[thread]
         if fork is None:

@@ -690,7 +690,7 @@ class Task:
             self.text.append(text)
             self.run.check_position(self.context.position)
         for task in state.finished.values():
-            task.context.drop()
+            self.run.drop(task.context)
         self.emit(Joined(self.here, state.site, result.ok, result.winners, result.value, result.failed))
         if not result.failed:
             return result.value
