@@ -333,7 +333,7 @@ class Engine:
 
     def logprob(self, logits: Tensor, token: int) -> float:
         """Natural log of the probability of `token` under one row of logits, unmasked, at temperature 1."""
-        return float(logprob(logits[None].float(), torch.tensor([token]))[0])
+        return float(logprob(logits[None], torch.tensor([token]))[0])
 
     def is_blank(self, context: Context) -> bool:
         """Whether nothing stands in `context` but perhaps a start token."""
@@ -553,8 +553,8 @@ class Engine:
             self._close(task.fork, "cancelled" if status != "late" else "late")
         thread = task.thread
         work = self._work.pop(thread, None)
-        if work is not None and work.draw is not None and not work.draw.generation.done:
-            self._cut(task, work.draw, status)
+        if work is not None and work.draw is not None:
+            self._cut(task, work.draw)
         if task.steps is not None:
             task.steps.close()
         self._leave_run(task, status, value, reason)
@@ -612,11 +612,12 @@ class Engine:
         if fork.parent.thread is not None and fork.parent.steps is None:
             return
 
-    def _cut(self, task: Task, request: Draw, status: Status) -> None:
-        """A gen is ended from outside: what it has is kept as text."""
-        generation = request.generation
-        generation.cut("cancelled", status)
-        task.text.append(generation.text)
+    def _cut(self, task: Task, request: Draw) -> None:
+        """A gen is ended from outside, or is done and its thread never hears of it: what it has is kept as text."""
+        request.generation.cut("cancelled", "its branch was ended")
+        ended = task.gen_ended(request)
+        task.text.append(self.text_of(ended.ids))
+        task.emit(ended)
 
     def _finish(self, task: Task, status: Status, value: Value, reason: str) -> None:
         run = task.run
@@ -776,7 +777,7 @@ class Engine:
         found: dict[int, float] = {}
         if wants:
             index = torch.tensor(wants)
-            found = dict(zip(wants, logprob(logits[index].float(), tokens[index]).tolist(), strict=True))
+            found = dict(zip(wants, logprob(logits[index], tokens[index]).tolist(), strict=True))
         for place, token in enumerate(tokens.tolist()):
             work, context, row = sampling[place]
             task, request = work.task, draws[place]
