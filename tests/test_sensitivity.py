@@ -1,7 +1,8 @@
 """How sharp the random test model is: one fault of position, view, order or shift moves a logit that a draw reads.
 
-The laws are tested at `TOLERANCE` in fp64. They are only worth something if no fault hides below it, so every fault of
-each kind, on a run with each kind of join, must move some compared logit by at least 100 times as much.
+The laws are tested in fp64 at 1e-9, and some runs in fp32 at `TOLERANCE`. That is only worth something if no fault
+hides below it, so every fault of each kind, on a run with each kind of join, must move some compared logit by at least
+100 times the looser of the two.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from anabranch.runtime.random_model import random_config, random_weights
 from anabranch.runtime.reference import lay_out
 from anabranch.runtime.tokenizer import byte_tokenizer
 
-TOLERANCE = 1e-9
+TOLERANCE = 1e-4
 FAULT = 100 * TOLERANCE
 
 TOKENIZER = byte_tokenizer()
