@@ -8,6 +8,7 @@ loop exits and texts. An event that says otherwise is a `ReferenceMismatch`. The
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,22 @@ from torch import Tensor
 
 from anabranch.dsl import ast, options, values
 from anabranch.dsl.sites import arm_prefix, sites
-from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
+from anabranch.dsl.spec import (
+    SAMPLING,
+    BoolType,
+    ChoiceType,
+    FloatType,
+    GenSpec,
+    GenType,
+    IntType,
+    JoinSpec,
+    JsonType,
+    Limits,
+    LinesType,
+    RegexType,
+    TextType,
+    Value,
+)
 from anabranch.runtime.chat import Chat, Role
 from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.dense import dense_forward
@@ -167,6 +183,35 @@ def _check_claim(claim: Claim, scores: Tensor, tolerance: float) -> None:
 def _continues(stmt: ast.Stmt | None) -> bool:
     """Whether a gen without a prompt stands here, so that a space just before it is held back."""
     return isinstance(stmt, ast.Gen) and stmt.prompt is None
+
+
+def _without_held(text: str, held: bool) -> str:
+    """The text of a gen before which a space was held back: if it begins with that space, the rest."""
+    return text[1:] if held and text.startswith(" ") else text
+
+
+def _read(kind: GenType, text: str) -> Value:
+    """The value that `text` stands for. Raises ValueError if it is none of its type."""
+    match kind:
+        case TextType() | RegexType():
+            return text
+        case ChoiceType():
+            return kind.options[kind.options.index(text)]
+        case IntType():
+            return int(text)
+        case FloatType():
+            return float(text)
+        case BoolType():
+            return (False, True)[("false", "true").index(text)]
+        case LinesType():
+            lines = text.split("\n")
+            if not kind.least <= len(lines) <= kind.most or not all(lines):
+                raise ValueError(f"{len(lines)} lines")
+            return lines
+        case JsonType():
+            return json.loads(text)
+        case _:
+            assert_never(kind)
 
 
 def _without_last_character(pieces: Sequence[Piece]) -> list[Piece]:
@@ -567,14 +612,15 @@ class _Run:
         else:
             self._say(thread, self._pieces(thread, stmt.prompt, scope), hold_space=True)
         held, thread.space_held = thread.space_held, False
+        forced: list[int] = []
         if spec.recorded is None:
             self._evaluate_sampling(thread, spec, scope)
         else:
-            self._value(thread, spec.recorded, scope)
-            recorded = self.ended.get(thread.path)
-            if not self.gens.get(thread.at) and recorded is not None and recorded.status == "failed":
-                # Text that doesn't fit the type fails the branch before the gen begins.
-                raise _Failed(recorded.reason)
+            forced = self._forced(thread, spec, spec.recorded, scope)
+            try:
+                _read(spec.type, _without_held(self._text(forced), held))
+            except ValueError:
+                raise _Failed(f"what is recorded is no value of the type of `{site}`") from None
         if not self.gens.get(thread.at):
             self._lay_traced(thread)
         event = self._next(self.gens, thread, "gen")
@@ -584,13 +630,24 @@ class _Run:
         if isinstance(spec.type, ChoiceType) and spec.type.by == "logprob" and event.end == "complete":
             self._lay_choices(thread, spec.type, event, held)
         self._lay_tokens(thread, event)
-        thread.text.append(self._context_text(event, held))
+        text = self._text(event.ids)
+        thread.text.append(text)
+        self._same(thread.at, f"the text of `{site}`", event.text, _without_held(text, held))
+        if spec.recorded is not None:
+            self._same(thread.at, f"what `{site}` left in the context", event.ids, tuple(forced))
         match event.end:
             case "failed":
                 raise _Failed(event.reason)
             case "truncated" | "cancelled":
                 raise _CutOff(f"its gen `{site}` was {event.end}")
             case "max" | "stop" | "end_of_turn" | "complete" | "recorded":
+                try:
+                    value = _read(spec.type, event.text)
+                except ValueError:
+                    raise ReferenceMismatch(
+                        thread.at, f"`{site}` yields {event.text!r}, which is no value of its type"
+                    ) from None
+                self._same(thread.at, f"the value of `{site}`", event.value, value)
                 self._bind(scope, stmt.name, event.value)
             case _:
                 assert_never(event.end)
@@ -684,10 +741,24 @@ class _Run:
     def _score(self, thread: _Thread, index: int, logprob: float) -> None:
         self.build.logprobs.append((self.build.draws[thread.path, index], logprob))
 
-    def _context_text(self, event: GenEnded, held: bool) -> str:
-        """The gen's text as it stands in the context: with the held-back space, where the gen took it up."""
-        taken = held and self.tokenizer.decode(event.ids).startswith((" " + event.text).encode())
-        return " " + event.text if taken else event.text
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids).decode(errors="replace")
+
+    def _forced(self, thread: _Thread, spec: GenSpec, recorded: ast.Expr, scope: Scope) -> list[int]:
+        """The tokens of `recorded=`: of a text, of pieces that are encoded apart, or as they are."""
+        if isinstance(recorded, ast.Apply) and recorded.function == "ids":
+            value: Value = [self._value(thread, arg.value, scope) for arg in recorded.args]
+        else:
+            value = self._value(thread, recorded, scope)
+        ids: list[int] = []
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str):
+                ids.extend(self.tokenizer.encode([(item, False)]))
+            elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < self.tokenizer.vocab_size:
+                ids.append(item)
+            else:
+                raise _Failed(f"{item!r} is neither text nor a token")
+        return ids
 
     # --- forks
 
