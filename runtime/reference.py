@@ -401,7 +401,8 @@ class _Run:
         except _CutOff as cut:
             status, reason = (recorded.status if recorded is not None else "cancelled"), str(cut)
             if status in ("ok", "failed"):
-                raise ReferenceMismatch(thread.path, f"it ended {status}, but {reason}") from None
+                why = f" ({recorded.reason})" if recorded is not None and recorded.reason else ""
+                raise ReferenceMismatch(thread.path, f"it ended {status}{why}, but {reason}") from None
         if recorded is None:
             if thread.path in self.started and self.run_ended is not None:
                 raise ReferenceMismatch(thread.path, "it never ended")
@@ -805,10 +806,10 @@ class _Run:
         event = self._next(self.joins, thread, "join")
         self._same(thread.at, "the join's place", event.site, site)
         came_ok = tuple(i for i, outcome in enumerate(outcomes) if outcome.status == "ok")
-        self._same(thread.at, f"which branches of `{site}` were ok", event.ok, came_ok)
+        self._check_ok(thread, join, event, came_ok, outcomes)
         ok = [
             Branch(i, arms[i].label, outcomes[i].value, outcomes[i].names, self._thread_of(outcomes[i]).num_decoded)
-            for i in came_ok
+            for i in event.ok
         ]
         thread.num_decoded += sum(outcome.thread.num_decoded for outcome in outcomes if outcome.thread is not None)
         try:
@@ -829,7 +830,7 @@ class _Run:
                 self._same(thread.at, f"the winners of `{site}`", event.winners, ())
             case "text":
                 # `first(n)` counts the first n, and those that came later are cancelled; else every ok branch is read.
-                read = verdict.winners if join.kind == "first" else came_ok
+                read = verdict.winners if join.kind == "first" else event.ok
                 self._same(thread.at, f"the winners of `{site}`", event.winners, read)
                 text = "".join(part for i in read for part in self._thread_of(outcomes[i]).text)
                 self._say(thread, [(text, False)], hold_space=False)
@@ -839,6 +840,24 @@ class _Run:
             case _:
                 assert_never(join.context)
         return verdict.value
+
+    def _check_ok(
+        self, thread: _Thread, join: JoinSpec, event: Joined, came_ok: tuple[int, ...], outcomes: Sequence[_Outcome]
+    ) -> None:
+        """The join read every branch that ended ok; `first` and `quorum` may leave out those that came later.
+
+        A branch can end ok and be left out only where ends are ordered by (tokens decoded, index) and not by time.
+        """
+        if event.ok == came_ok:
+            return
+        left_out = set(came_ok) - set(event.ok)
+        in_order = sorted(came_ok, key=lambda i: (self._thread_of(outcomes[i]).num_decoded, i))
+        if (
+            join.kind not in ("first", "quorum")
+            or event.ok != tuple(sorted(set(came_ok) - left_out))
+            or set(in_order[: len(event.ok)]) != set(event.ok)
+        ):
+            self._same(thread.at, f"which branches of `{event.site}` were ok", event.ok, came_ok)
 
     def _best_by_logprob(
         self, thread: _Thread, join: JoinSpec, event: Joined, ok: Sequence[Branch], outcomes: Sequence[_Outcome]
