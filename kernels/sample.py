@@ -16,7 +16,7 @@ probability of the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -230,35 +230,64 @@ def draw(
     values = penalize(
         logits, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, seen=seen, drawn=drawn
     ).numpy()
-    if mask is not None:
-        values = _masked(values, mask)
-    ids = values.argmax(-1)
-    top = values[np.arange(n), ids]
+    lines = _Lines(values, _allowed(logits.shape, mask), cold)
+    ids, top = lines.best()
     if not np.isfinite(top).all():
         _refuse(top)
-    hot = (cold >= COLDEST).nonzero()[0]
-    if len(hot):
-        z = values[hot] / cold[hot, None]
-        streams = _Streams(keys[hot].numpy().astype(np.uint64), index[hot].numpy().astype(np.uint64), vocab)
-        k, p, m = top_k[hot].numpy(), top_p[hot].numpy(), min_p[hot].numpy()
-        filtered = ((k > 0) & (k < vocab)) | (p < 1) | (m > 0)
-        free = (~filtered).nonzero()[0]
-        kept = dict(zip(free.tolist(), _contenders(z, free, streams), strict=True))
-        for row in filtered.nonzero()[0].tolist():
-            kept[row] = kept_tokens(z[row], top_k=int(k[row]), top_p=float(p[row]), min_p=float(m[row]))
-        ids[hot] = _winners(z, [kept[row] for row in range(len(hot))], streams)
+    streams = _Streams(keys.numpy().astype(np.uint64), index.numpy().astype(np.uint64), vocab)
+    k, p, m = top_k.numpy(), top_p.numpy(), min_p.numpy()
+    filtered = ((k > 0) & (k < vocab)) | (p < 1) | (m > 0)
+    hot = cold >= COLDEST
+    pools = _contenders(lines, (hot & ~filtered).nonzero()[0], streams)
+    for row in (hot & filtered).nonzero()[0].tolist():
+        line = lines[row]
+        tokens = kept_tokens(line, top_k=int(k[row]), top_p=float(p[row]), min_p=float(m[row]))
+        pools[row] = tokens, line[tokens]
+    if pools:
+        rows = sorted(pools)
+        ids[rows] = _winners(rows, [pools[row] for row in rows], streams)
     return torch.from_numpy(ids)
 
 
-def _masked(logits: Floats, mask: Tensor) -> Floats:
-    n, vocab = logits.shape
+class _Lines:
+    """The rows of logits with mask and temperature applied, one at a time, so that each stays in the cache."""
+
+    def __init__(self, values: Floats, allowed: Mapping[int, NDArray[np.bool_]], temperature: Floats) -> None:
+        self.values = values
+        self.allowed = allowed
+        self.temperature = temperature
+
+    def __getitem__(self, row: int) -> Floats:
+        line: Floats = self.values[row]
+        if row in self.allowed:
+            line = np.where(self.allowed[row], line, np.float32(-np.inf))
+        temperature = self.temperature[row]
+        return line if temperature == 1 or temperature < COLDEST else line / temperature
+
+    def best(self) -> tuple[Ids, Floats]:
+        """The likeliest allowed token of each row, the lowest id on ties, and its logit / T (at T = 0 its logit)."""
+        ids = self.values.argmax(-1)
+        top = self.values[np.arange(len(ids)), ids]
+        for row in self.allowed:
+            line = self[row]
+            ids[row] = line.argmax()
+            top[row] = line[ids[row]]
+        return ids, top
+
+
+def _allowed(shape: Sequence[int], mask: Tensor | None) -> dict[int, NDArray[np.bool_]]:
+    """bool [vocab] for each row that is not allowed everything."""
+    n, vocab = shape
+    if mask is None:
+        return {}
     if mask.dtype == torch.int32:
         if mask.shape != (n, (vocab + 31) // 32):
             raise ValueError(f"a packed mask must be [{n}, {(vocab + 31) // 32}], not {tuple(mask.shape)}")
-        mask = unpack_mask(mask, vocab)
-    elif mask.dtype != torch.bool or mask.shape != logits.shape:
-        raise ValueError(f"a mask must be bool {logits.shape} or packed int32, not {mask.dtype} {tuple(mask.shape)}")
-    return np.where(mask.numpy(), logits, np.float32(-np.inf))
+        rows = (mask != -1).any(-1).nonzero().squeeze(-1)
+        return dict(zip(rows.tolist(), unpack_mask(mask[rows], vocab).numpy(), strict=True))
+    if mask.dtype != torch.bool or mask.shape != (n, vocab):
+        raise ValueError(f"a mask must be bool [{n}, {vocab}] or packed int32, not {mask.dtype} {tuple(mask.shape)}")
+    return dict(enumerate(mask.numpy()))
 
 
 def _refuse(top: Floats) -> None:
@@ -268,62 +297,68 @@ def _refuse(top: Floats) -> None:
     raise NothingAllowed((top == -np.inf).nonzero()[0].tolist())
 
 
-def _contenders(z: Floats, rows: Ids, streams: _Streams) -> list[Ids]:
-    """For each of `rows` of z = logit / T the tokens that may have the highest z + noise, ascending.
+def _contenders(lines: _Lines, rows: Ids, streams: _Streams) -> dict[int, tuple[Ids, Floats]]:
+    """For each of `rows` the tokens that may have the highest z + noise, ascending, with their z = logit / T.
 
     Some leading tokens' noise gives a score to beat; a token whose z is more than `MAX_NOISE` below it cannot win,
     whatever its noise. Of the others the noise's bits are computed and compared with what they need to be, without a
     logarithm: -log(-log(u)) >= best - z only if 1 - u <= exp(z - best), since 1 - u <= -log(u).
     """
+    out: dict[int, tuple[Ids, Floats]] = {}
     if not len(rows):
-        return []
-    best = _scores_to_beat(z, rows, streams)
+        return out
+    best = _scores_to_beat(lines, rows, streams)
     # The sum z + noise is rounded relative to its size, which a low temperature makes large.
     best -= 1e-3 + 1e-6 * np.abs(best)
-    out: list[Ids] = []
     for row, beat in zip(rows.tolist(), best, strict=True):
-        line = z[row]
+        line = lines[row]
         tokens = np.flatnonzero(line >= beat - np.float32(MAX_NOISE))
         if len(tokens) * _DENSE > len(line):
             bits = streams.whole(row)[tokens]
         else:
             bits = streams.top24(np.full_like(tokens, row), tokens)
+        z = line[tokens]
         missing = ((1 << 24) - bits).astype(np.float32)
-        needed = np.exp(line[tokens] - beat) * np.float32(1.0001 * 2**24) + np.float32(2)
-        out.append(tokens[missing <= needed])
+        may_win = missing <= np.exp(z - beat) * np.float32(1.0001 * 2**24) + np.float32(2)
+        out[row] = tokens[may_win], z[may_win]
     return out
 
 
-def _scores_to_beat(z: Floats, rows: Ids, streams: _Streams) -> Floats:
+def _scores_to_beat(lines: _Lines, rows: Ids, streams: _Streams) -> Floats:
     """The highest z + noise among the tokens of the `_LEADERS` groups of highest z of each row; fp32 [rows]."""
-    vocab = z.shape[-1]
-    groups = vocab // _GROUP
-    if groups <= _LEADERS:
-        tokens = np.broadcast_to(np.arange(vocab), (len(rows), vocab))
-    else:
-        lines = torch.from_numpy(z[:, : groups * _GROUP]).view(len(z), groups, _GROUP)
-        highest = lines.amax(-1).numpy()
-        lead = np.sort(np.argpartition(highest[rows], groups - _LEADERS, axis=-1)[:, -_LEADERS:], axis=-1)
-        tokens = (lead[:, :, None] * _GROUP + np.arange(_GROUP)).reshape(len(rows), -1)
-        # What the groups leave over always takes part: it may be all that a mask allows.
-        rest = np.broadcast_to(np.arange(groups * _GROUP, vocab), (len(rows), vocab - groups * _GROUP))
-        tokens = np.concatenate((tokens, rest), axis=-1)
-    owner = np.repeat(rows, tokens.shape[1])
-    noise = _gumbel(streams.top24(owner, tokens.reshape(-1))).reshape(tokens.shape)
-    scores: Floats = (z[rows[:, None], tokens] + noise).max(axis=-1)
+    leads = [_leaders(lines[row]) for row in rows.tolist()]
+    tokens = np.stack([lead for lead, _ in leads])
+    z = np.stack([values for _, values in leads])
+    noise = _gumbel(streams.top24(np.repeat(rows, tokens.shape[1]), tokens.reshape(-1)))
+    scores: Floats = (z + noise.reshape(z.shape)).max(axis=-1)
     return scores
 
 
-def _winners(z: Floats, kept: Sequence[Ids], streams: _Streams) -> Ids:
-    """For each row the token of `kept` (ascending, at least one) with the highest z + noise, the lowest id on ties."""
-    sizes = np.array([len(tokens) for tokens in kept])
-    tokens = np.concatenate(kept)
-    rows = np.repeat(np.arange(len(kept)), sizes)
-    scores = z[rows, tokens] + _gumbel(streams.top24(rows, tokens))
+def _leaders(line: Floats) -> tuple[Ids, Floats]:
+    """Some tokens, ascending, among them one of the highest z; and the z of each. As many for each line of a size."""
+    vocab = len(line)
+    groups = vocab // _GROUP
+    if groups <= _LEADERS:
+        return np.arange(vocab), line
+    highest = torch.from_numpy(line[: groups * _GROUP]).view(groups, _GROUP).amax(-1).numpy()
+    lead = np.sort(np.argpartition(highest, groups - _LEADERS)[-_LEADERS:])
+    # What the groups leave over always takes part: it may be all that a mask allows.
+    tokens = np.concatenate(
+        ((lead[:, None] * _GROUP + np.arange(_GROUP)).reshape(-1), np.arange(groups * _GROUP, vocab))
+    )
+    return tokens, line[tokens]
+
+
+def _winners(rows: Sequence[int], pools: Sequence[tuple[Ids, Floats]], streams: _Streams) -> Ids:
+    """For each row the token of its pool (ids ascending, with z; at least one) of highest z + noise."""
+    sizes = np.array([len(tokens) for tokens, _ in pools])
+    tokens = np.concatenate([tokens for tokens, _ in pools])
+    z = np.concatenate([values for _, values in pools])
+    scores = z + _gumbel(streams.top24(np.repeat(np.array(rows), sizes), tokens))
     starts = sizes.cumsum() - sizes
-    best = np.maximum.reduceat(scores, starts)
+    best = np.repeat(np.maximum.reduceat(scores, starts), sizes)
     # Ids ascend within a row, so its first winning place is its lowest id.
-    places = np.where(scores == best[rows], np.arange(len(scores)), len(scores))
+    places = np.where(scores == best, np.arange(len(scores)), len(scores))
     won: Ids = tokens[np.minimum.reduceat(places, starts)]
     return won
 
@@ -337,7 +372,7 @@ def kept_tokens(z: Floats, *, top_k: int, top_p: float, min_p: float) -> Ids:
     least = top + np.float32(math.log(min(min_p, 1.0))) if min_p > 0 else np.float32(-np.inf)
     if count == vocab and top_p >= 1:
         return np.flatnonzero((z >= least) & (z > -np.inf))
-    whole = None if count < vocab else float(tree_sum(np.exp(z - top)[None])[0])
+    whole = None if count < vocab else float(tree_sum(np.exp(z - top)))
     for depth in _LADDER:
         order = _leading(z, np.flatnonzero(z >= top - np.float32(depth)), count, top_p, whole)
         if order is not None:
@@ -370,15 +405,16 @@ def _leading(z: Floats, tokens: Ids, count: int, top_p: float, whole: float | No
     return order[: int(reached.argmax()) + 1] if reached[-1] else None
 
 
-def tree_sum(x: Floats) -> Floats:
-    """Sum over the last axis of [n, m] by halving: the order of the additions depends on m alone. fp32 [n]."""
-    while x.shape[-1] > 1:
-        half = (x.shape[-1] + 1) // 2
-        rest = x.shape[-1] - half
-        out = x[:, :half].copy()
-        out[:, :rest] += x[:, half:]
+def tree_sum(x: Floats) -> np.float32:
+    """Sum of [m] by halving: the order of the additions depends on m alone."""
+    while len(x) > 1:
+        half = (len(x) + 1) // 2
+        rest = len(x) - half
+        out = x[:half].copy()
+        out[:rest] += x[half:]
         x = out
-    return x[:, 0]
+    total: np.float32 = x[0]
+    return total
 
 
 # Log-probabilities.
@@ -388,8 +424,9 @@ def log_normalizer(logits: Tensor) -> Tensor:
     """log(sum(exp(logits))) over the last axis of [n, vocab], fp32 [n], natural log, each row by itself."""
     values = logits.numpy()
     top = values.max(axis=-1)
-    total = tree_sum(np.exp(values - top[:, None]))
-    return torch.from_numpy(top + np.log(total.astype(np.float64)).astype(np.float32))
+    # A row at a time stays in the cache.
+    total = np.array([tree_sum(np.exp(line - high)) for line, high in zip(values, top, strict=True)], dtype=np.float64)
+    return torch.from_numpy(top + np.log(total).astype(np.float32))
 
 
 def logprob(logits: Tensor, tokens: Tensor) -> Tensor:
