@@ -190,13 +190,19 @@ class _Renderer:
         except jinja2.TemplateError as error:
             raise _bad_template(self.where, f"it is no Jinja template ({error})") from None
 
+    def render(self, roles: Sequence[Role], *, generate: bool) -> str:
+        """The conversation as the template writes it. Raises whatever the template does."""
+        messages = [{"role": role, "content": _sentinel(i)} for i, role in enumerate(roles)]
+        return self._template.render(
+            messages=messages, add_generation_prompt=generate, tools=None, **self.tokenizer.template_names
+        )
+
     def text(self, roles: Sequence[Role], *, generate: bool) -> str | None:
         """The conversation as the template writes it; None where the template refuses it."""
-        messages = [{"role": role, "content": _sentinel(i)} for i, role in enumerate(roles)]
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=generate, tools=None, **self.tokenizer.template_names
-            )
+            return self.render(roles, generate=generate)
+        except PlanError:
+            raise
         except Exception:  # a template may fail in any way that Python code can
             return None
 
@@ -207,9 +213,15 @@ class _Renderer:
 
     def parts(self, *roles: Role, generate: bool) -> list[str]:
         """As `try_parts`. Raises PlanError `bad-template` where that gives None."""
-        parts = self.try_parts(*roles, generate=generate)
+        conversation = f"a conversation of {', '.join(roles)}"
+        try:
+            parts = _split(self.render(roles, generate=generate), len(roles))
+        except PlanError:
+            raise
+        except Exception as error:  # as in `text`
+            raise _bad_template(self.where, f"it fails on {conversation} ({error})") from None
         if parts is None:
-            raise _bad_template(self.where, f"it does not write a conversation of {', '.join(roles)} in order")
+            raise _bad_template(self.where, f"it does not write each message of {conversation} once, in order")
         return parts
 
     def after(self, start: str, text: str) -> str:

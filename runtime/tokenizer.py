@@ -75,25 +75,22 @@ class Tokenizer:
         options = _read_optional(folder / "tokenizer_config.json")
         generation = _read_optional(folder / "generation_config.json")
         model = _read_optional(folder / "config.json")
-        ids = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+        try:
+            ids = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+            bos_id = _start_token(spec, options, ids)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise bad_model(path, f"the tokenizer cannot be read ({type(error).__name__}: {error})") from None
         eos_ids = {*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))}
         eos = ids.get(_content(options.get("eos_token")))
         if eos is not None:
             eos_ids.add(eos)
         if not eos_ids:
             raise bad_model(folder, "no end-of-turn token is named in its configuration")
-        template_path = folder / "chat_template.jinja"
-        template = options.get("chat_template")
-        if template_path.is_file():
-            template = template_path.read_text(encoding="utf-8")
-        elif isinstance(template, list):
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-            template = named.get("default")
         return Tokenizer(
             spec,
             eos_ids=eos_ids,
-            bos_id=_start_token(spec, options, ids),
-            chat_template=template if isinstance(template, str) else None,
+            bos_id=bos_id,
+            chat_template=_chat_template(folder, options),
             template_names={k: _content(v) for k, v in options.items() if k.endswith("_token") and _content(v)},
             where=str(path),
         )
@@ -337,6 +334,21 @@ def _plain_spec(spec: Mapping[str, Any], specials: Mapping[str, int]) -> dict[st
 
 def _read_optional(path: Path) -> Mapping[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def _chat_template(folder: Path, options: Mapping[str, Any]) -> str | None:
+    """The Jinja source: a file of its own, or an option, which may hold several by name."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise bad_model(path, str(error)) from None
+    template = options.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _content(token: object) -> str:
