@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Iterable, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,6 @@ class PlanError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """"did you mean `fork`?", or "" when nothing known is close to `word`."""
+    """ "did you mean `fork`?", or "" when nothing known is close to `word`."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean `{close[0]}`?" if close else ""
