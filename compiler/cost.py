@@ -1,10 +1,10 @@
 """A predicted time, from a model of the chip that has two speeds: bytes and multiplications a second.
 
-    a call takes max(bytes / bytes_per_s, flops / flops_per_s) + overhead
+    a call takes bytes / bytes_per_s + flops / flops_per_s + overhead
     bytes = the weights, once, and every visible page of KV, once however many lanes see it
     flops = 2 x parameters x rows
 
-It knows no cache, no overlap and no attention arithmetic, and it takes the schedule's worst-case lengths. It is good
+It knows no cache, no overlap of the two and no attention arithmetic, and it takes the schedule's worst-case lengths. It is good
 for comparing plans on one chip, and within a factor of about two for a time: an estimate, and shown as one.
 """
 
@@ -37,7 +37,7 @@ class Chip:
     """What a step costs on one machine.
 
     bytes_per_s: of weights and KV that a call streams; flops_per_s: of its matrix products
-    call_overhead_s: of a call whatever is in it; row_overhead_s: of sampling and bookkeeping, for each row
+    call_overhead_s: of a call whatever is in it
     source: the measurement that the figures come from
     """
 
@@ -45,7 +45,6 @@ class Chip:
     bytes_per_s: float
     flops_per_s: float
     call_overhead_s: float
-    row_overhead_s: float
     source: str
 
 
@@ -58,15 +57,14 @@ class ModelShape:
     kv_bytes_per_token: int
 
 
+# Fitted to DESIGN section 9: SmolLM2 in fp32 on a 1,024-token shared prefix gave 20 / 93 / 203 tokens a second at
+# 1 / 8 / 32 branches, so 50 / 86 / 158 ms a call; the model gives 54 / 78 / 160.
 CPU = Chip(
     name="2-core x86-64 AVX2",
-    bytes_per_s=11e9,
-    flops_per_s=6.0e10,
+    bytes_per_s=11.7e9,
+    flops_per_s=7.9e10,
     call_overhead_s=1e-3,
-    row_overhead_s=1.5e-4,
-    # DESIGN section 9: SmolLM2 in fp32, a 1,024-token shared prefix, 20 / 93 / 203 tokens a second at 1 / 8 / 32
-    # branches, which is 50, 86 and 158 ms a call.
-    source="DESIGN section 9, 90-line decode loop on SmolLM2-135M fp32",
+    source="DESIGN section 9, decode loop on SmolLM2-135M fp32",
 )
 
 SMOLLM2 = ModelShape(num_parameters=134_515_008, weight_bytes=538_060_032, kv_bytes_per_token=2 * 30 * 3 * 64 * 4)
@@ -140,6 +138,6 @@ class _Walk:
     def _call(self, rows: int, calls: int) -> float:
         """Seconds of a call with `rows` rows; of its rows alone where it is part of the call before."""
         chip, model = self.chip, self.model
-        moved = calls * (model.weight_bytes + self._reads(self.held))
-        seconds = max(moved / chip.bytes_per_s, 2 * model.num_parameters * rows / chip.flops_per_s)
-        return seconds + rows * chip.row_overhead_s + calls * chip.call_overhead_s
+        read = calls * (model.weight_bytes + self._reads(self.held))
+        flops = 2 * model.num_parameters * rows
+        return read / chip.bytes_per_s + flops / chip.flops_per_s + calls * chip.call_overhead_s
