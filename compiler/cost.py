@@ -4,8 +4,8 @@
     bytes = the weights, once, and every visible page of KV, once however many lanes see it
     flops = 2 x parameters x rows
 
-It knows no cache, no overlap of the two and no attention arithmetic, and it takes the schedule's worst-case lengths. It is good
-for comparing plans on one chip, and within a factor of about two for a time: an estimate, and shown as one.
+It knows no cache, no overlap of the two and no attention arithmetic, and it takes the schedule's worst-case lengths. It
+is good for comparing plans on one chip, and within a factor of about two for a time: an estimate, and shown as one.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class Explanation:
 
     plan: its name
     total_tokens, critical_path_tokens: decoded tokens in all, and on the longest chain of dependencies
-    degree_of_parallelism: total / critical, as Multiverse reports it
-    parallelism_ratio: 1 - critical / total, the share of tokens that are off the critical path
+    parallelism_ratio: total / critical, as Multiverse reports it
+    acceleration_ratio: 1 - critical / total, which ThreadWeaver rewards
     token_latency_speedup: baseline / critical, as ThreadWeaver reports it, where a sequential baseline is given
     tokens_prefilled: rows fed that are not sampled; tokens_reprefilled: those of them that the run had generated, by
         `text` joins and by interpolation
@@ -41,8 +41,8 @@ class Explanation:
     machine: Machine
     total_tokens: int
     critical_path_tokens: int
-    degree_of_parallelism: float
     parallelism_ratio: float
+    acceleration_ratio: float
     token_latency_speedup: float | None
     tokens_prefilled: int
     tokens_reprefilled: int
@@ -68,8 +68,8 @@ class Explanation:
         rows: list[tuple[str, str, str]] = [
             ("total tokens", f"{self.total_tokens:,}", "decoded, at most"),
             ("critical path", f"{self.critical_path_tokens:,}", "tokens on the longest chain, at most"),
-            ("degree of parallelism", f"{self.degree_of_parallelism:.2f}", "total / critical"),
-            ("parallelism ratio", f"{self.parallelism_ratio:.2f}", "1 - critical / total"),
+            ("parallelism ratio", f"{self.parallelism_ratio:.2f}", "total / critical"),
+            ("acceleration ratio", f"{self.acceleration_ratio:.2f}", "1 - critical / total"),
         ]
         if self.token_latency_speedup is not None:
             rows.append(("token latency speedup", f"{self.token_latency_speedup:.2f}", "sequential / critical"))
@@ -129,8 +129,8 @@ def explain(
         machine=machine,
         total_tokens=total,
         critical_path_tokens=critical,
-        degree_of_parallelism=total / critical if critical else 1.0,
-        parallelism_ratio=1 - critical / total if total else 0.0,
+        parallelism_ratio=total / critical if critical else 1.0,
+        acceleration_ratio=1 - critical / total if total else 0.0,
         token_latency_speedup=baseline_tokens / critical if baseline_tokens is not None and critical else None,
         tokens_prefilled=cost.prefilled,
         tokens_reprefilled=cost.reprefilled,

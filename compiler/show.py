@@ -33,7 +33,7 @@ def show(
     """The program at `stage`; all its plans for `ast`, and what plan `name` needs (the last when None) for the others.
 
     functions: names of the host's functions; target, machine, sizes, inputs: as for `compile_plan` and `Compiled`
-    Raises PlanError, also `pool-too-small` where the plan has no schedule on `machine`, and KeyError for an unknown name.
+    Raises PlanError (`pool-too-small` where `machine` cannot hold the plan), and KeyError for an unknown name.
     """
     if stage == "ast":
         return dump_ast(program)
