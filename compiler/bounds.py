@@ -39,7 +39,6 @@ from anabranch.compiler.graph import Need as NeedNode
 from anabranch.compiler.profile import NO_PAGES, Profile, at_once_peak, depth_first_peak, kept_at_join, pages_of
 from anabranch.compiler.scheduler import Child, Machine, Need
 from anabranch.compiler.sizes import NOTHING, Fed, Feed, Measured, levels
-from anabranch.dsl.diagnostics import Span
 from anabranch.dsl.spec import JoinSpec, Limits
 
 
@@ -130,7 +129,8 @@ def in_a_row(costs: Sequence[Cost], page_size: int) -> Cost:
         unfed = unfed if c.ends_unfed is None else c.ends_unfed
     return Cost(
         decoded, forced, prefilled, reprefilled, flushed, idle_feeds, path, steps, overhead, pos, pos_fed, view,
-        view_fed, high, high_fed, high_fresh, aliased, per_view, width, depth, threads, segments, profile, seals_first, unfed,
+        view_fed, high, high_fed, high_fresh, aliased, per_view, width, depth, threads, segments, profile, seals_first,
+        unfed,
     )  # fmt: skip
 
 
@@ -353,9 +353,9 @@ class Bounds:
         self.graph = graph
         self.measured = measured
         self.machine = machine
-        self._plans: dict[str, _Plan] = {}
+        self._plans: dict[str, PlanBounds] = {}
         for name in callees_first(graph):
-            self._plans[name] = _Plan(graph.plans[name], measured.plans[name], self._plans, machine, start)
+            self._plans[name] = PlanBounds(graph.plans[name], measured.plans[name], self._plans, machine, start)
         self._where = {key: plan for plan in self._plans.values() for key in plan.index.owners}
         main = self._plans[graph.main]
         self.cost = main.thread(0)
@@ -454,13 +454,17 @@ class Bounds:
         """The known tokens that a branch of this region feeds before its first node."""
         return self._plan(region).fed.starts.get(region.entry, NOTHING)
 
-    def first_past(self, context: int) -> tuple[Node, Span] | None:
+    def first_past(self, context: int) -> Node | None:
         """The first node in order of the text whose worst case reaches past `context` tokens, if any does."""
         if self.largest_position <= context:
             return None
         return self._plans[self.graph.main].first_past(context)
 
-    def _plan(self, part: Node | Region) -> _Plan:
+    def plan_bounds(self, name: str) -> PlanBounds:
+        """The figures of one plan of the graph. Raises KeyError."""
+        return self._plans[name]
+
+    def _plan(self, part: Node | Region) -> PlanBounds:
         found = self._where.get(id(part))
         if found is None:
             raise ValueError("this is no part of the graph that was bounded")
@@ -487,12 +491,14 @@ class _Index:
     owners: by identity of a node or region, the region that holds the node, or the node that holds the region (None:
         it is the plan's own)
     place: by identity of a node, its place in its region
+    makers: by a context, the node that makes it
     calls_itself: identities of the nodes and regions with a call of the plan itself inside
     """
 
     def __init__(self, plan: PlanGraph) -> None:
         self.owners: dict[int, Node | Region | None] = {id(plan.region): None}
         self.place: dict[int, int] = {}
+        self.makers: dict[Ctx, Node] = {}
         self.calls_itself: set[int] = set()
         stack = [plan.region]
         while stack:
@@ -500,6 +506,8 @@ class _Index:
             for place, node in enumerate(region.nodes):
                 self.owners[id(node)] = region
                 self.place[id(node)] = place
+                if not isinstance(node, _CONTEXTLESS):
+                    self.makers[node.dst] = node
                 for inner in regions(node):
                     self.owners[id(inner)] = node
                     stack.append(inner)
@@ -527,10 +535,12 @@ class _Costed:
     threads: dict[Ctx, Cost]
 
 
-class _Plan:
+class PlanBounds:
     """One plan's figures at each depth of its calls of itself."""
 
-    def __init__(self, plan: PlanGraph, fed: Fed, plans: Mapping[str, _Plan], machine: Machine, start: int) -> None:
+    def __init__(
+        self, plan: PlanGraph, fed: Fed, plans: Mapping[str, PlanBounds], machine: Machine, start: int
+    ) -> None:
         self.plan = plan
         self.fed = fed
         self.plans = plans
@@ -546,6 +556,10 @@ class _Plan:
             self._decoded(plan.region, depth)
             self._thread(plan.region, depth, plan.limits.budget)
 
+    def node_at(self, ctx: Ctx) -> Node | None:
+        """The node that makes context `ctx`, if one does."""
+        return self.index.makers.get(ctx)
+
     def thread(self, depth: int) -> Cost:
         """The plan's own thread."""
         return self._costs[self._at(self.plan.region, depth)].threads[self.plan.region.entry]
@@ -559,6 +573,11 @@ class _Plan:
         size = self.machine.page_size
         kept = cost.profile.total(size) if stitch else 0
         return Child(Need(cost.profile.highest(size), kept), cost.path + tail)
+
+    def pages_a_round(self, loop: Loop, depth: int) -> int:
+        """Pages that each further round of a loop with a control point in it adds for good."""
+        profile = self._stretch(loop.region, depth, None).profile
+        return profile.mid + pages_of(profile.tail + profile.head, self.machine.page_size) if profile.sealed else 0
 
     def cost_of(self, node: Node, depth: int) -> Cost:
         return NO_COST if isinstance(node, _CONTEXTLESS) else self._costs[self._at(node, depth)].nodes[node.dst]
@@ -659,7 +678,7 @@ class _Plan:
         one = self._decoded(arm.region, depth) * (1 + max(arm.limits.retry, limits.retry))
         return _least(one, arm.limits.budget)
 
-    def _callee(self, node: Call, depth: int) -> tuple[_Plan, int] | None:
+    def _callee(self, node: Call, depth: int) -> tuple[PlanBounds, int] | None:
         """The plan that is called, and its depth; None where a call would be too deep, and fails."""
         if node.plan != self.plan.name:
             return self.plans[node.plan], 0
@@ -837,21 +856,21 @@ class _Plan:
 
     # --- where it goes too far
 
-    def first_past(self, context: int) -> tuple[Node, Span] | None:
+    def first_past(self, context: int) -> Node | None:
         return self._past(self.plan.region, 0, 0, context)
 
-    def _past(self, region: Region, depth: int, pos: int, context: int) -> tuple[Node, Span] | None:
+    def _past(self, region: Region, depth: int, pos: int, context: int) -> Node | None:
         pos += self.fed.starts.get(region.entry, NOTHING).rows
         for node in region.nodes:
             if isinstance(node, _CONTEXTLESS):
                 continue
             cost = self.cost_of(node, depth)
             if pos + cost.high > context or cost.high_fresh > context:
-                return self._past_inside(node, depth, pos, context) or (node, node.span)
+                return self._past_inside(node, depth, pos, context) or node
             pos += cost.pos
         return None
 
-    def _past_inside(self, node: Node, depth: int, pos: int, context: int) -> tuple[Node, Span] | None:
+    def _past_inside(self, node: Node, depth: int, pos: int, context: int) -> Node | None:
         match node:
             case Fork(arms=arms, limits=limits):
                 inner = [(arm.region, limits.fresh or arm.limits.fresh) for arm in arms]
