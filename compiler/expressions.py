@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import assert_never
+from collections.abc import Iterator, Mapping
+from typing import Any, assert_never
 
 from anabranch.dsl import ast
 
@@ -40,3 +40,20 @@ def children(expr: ast.Expr) -> tuple[ast.Expr, ...]:
             return tuple(arg.value for arg in args)
         case _:
             assert_never(expr)
+
+
+def render(value: Any) -> str:
+    """A value of the language as the text that an interpolation of it writes."""
+    match value:
+        case str():
+            return value
+        case bool():
+            return "true" if value else "false"
+        case float() | int():
+            return repr(value)
+        case list() | tuple():
+            return "\n".join(render(item) for item in value)
+        case Mapping():
+            return "\n".join(f"{name}: {render(item)}" for name, item in value.items())
+        case _:
+            return str(value)

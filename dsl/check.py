@@ -18,7 +18,6 @@ from anabranch.dsl.ast import (
     Branches,
     Call,
     Expand,
-    Expr,
     Fork,
     Gen,
     If,
@@ -443,7 +442,7 @@ class _Checker:
             self._exprs.infer(gen.prompt, scope)
         for option in gen.options:
             match option.name:
-                case "seed":
+                case "seed" if not is_constant(option.value):
                     self._exprs.want(option.value, scope, INT, "`seed`")
                 case "recorded":
                     self._recorded(option, scope)
@@ -484,10 +483,10 @@ class _Checker:
 
     def _fork(self, fork: Fork, scope: Scope) -> Worst:
         own = self._limits(fork.options, "fork", scope)
-        self._exprs.want(fork.width, scope, INT, "the width of a fork")
         width = self._read(lambda: fork_width(fork), 1)
         if width is None:
-            width = self._dynamic("fork", own.upto, None, fork)
+            t = self._exprs.want(fork.width, scope, INT, "the width of a fork")
+            width = self._dynamic("fork", own.upto, fork) if types.fits(t, INT) else 1
         elif own.upto is not None and width > own.upto:
             self.error(
                 "count-above-width",
@@ -592,16 +591,16 @@ class _Checker:
         if most is not None and own.upto is not None:
             most = min(most, own.upto)
         elif most is None:
-            most = self._dynamic(what, own.upto, stmt.over, stmt)
+            most = self._dynamic(what, own.upto, stmt)
         return elem, most
 
-    def _dynamic(self, what: str, upto: int | None, over: Expr | None, stmt: Fork | Map | Reduce) -> int:
+    def _dynamic(self, what: str, upto: int | None, stmt: Fork | Map | Reduce) -> int:
         """The most branches where only the run knows the number."""
         if upto is not None:
             return upto
         if any(option.name == "upto" for option in stmt.options):
             return 1
-        span = stmt.width.span if isinstance(stmt, Fork) else over.span if over is not None else stmt.span
+        span = stmt.width.span if isinstance(stmt, Fork) else stmt.over.span
         self.error(
             "unbounded-width",
             f"only the run knows how many branches this `{what}` has"
@@ -828,7 +827,6 @@ class _Checker:
     # --- loops, arms, calls
 
     def _loop(self, loop: Loop, scope: Scope) -> Worst:
-        self._exprs.want(loop.count, scope, INT, "the number of rounds")
         rounds = self._read(lambda: loop_rounds(loop), 1)
         inner = Scope(scope, "loop")
         worst = self._block(loop.body, inner)

@@ -42,6 +42,10 @@ MAX_DIGITS: Final = 1000
 """The longest number, in characters; Python refuses to read an int of more than 4,300 digits."""
 
 
+MAX_ERRORS: Final = 20
+"""How many errors of one text are reported."""
+
+
 def read_source(path: str | PathLike[str]) -> Source:
     """The text of a plan file, named as the user wrote it.
 
@@ -84,7 +88,8 @@ def read_source(path: str | PathLike[str]) -> Source:
 def parse(source: Source) -> ast.Program:
     """The program written in `source`. Raises PlanError.
 
-    A syntax error is reported alone; statements of the wrong shape are reported together, in the order of the text.
+    Reading stops at the first syntax error. Statements of the wrong shape before it are reported with it, in the order
+    of the text; at most `MAX_ERRORS` are.
     """
     reader = _reader()
     with reader.lock:
@@ -117,17 +122,21 @@ class _Reader:
         try:
             # A comment must end in a newline.
             plans: tuple[ast.PlanDef, ...] = self._lark.parse(source.text + "\n")  # type: ignore[assignment]
-            errors = self._builder.finish(plans)
-            if errors:
-                raise PlanError(sorted(errors, key=lambda e: e.span.start if e.span else 0), source)
+            if errors := self._builder.finish(plans):
+                raise _together(errors, source)
             program = ast.Program(plans, source)
             if self._brackets.deepest > MAX_DEPTH:
                 _check_depth(program)
             return program
         except UnexpectedInput as error:
-            raise PlanError(explain(error, source, self._brackets.stop()), source) from None
+            raise _together([*self._builder.errors, explain(error, source, self._brackets.stop())], source) from None
         finally:
             self._builder.begin(source)
+
+
+def _together(errors: list[Diagnostic], source: Source) -> PlanError:
+    errors.sort(key=lambda error: error.span.start if error.span else 0)
+    return PlanError(errors[:MAX_ERRORS], source)
 
 
 class _Brackets:
@@ -244,14 +253,14 @@ class _Builder(Transformer[Token, Any]):
 
     def begin(self, source: Source) -> None:
         self._text = source.text
-        self._errors: list[Diagnostic] = []
-        self._shaper = Shaper(self._errors.append)
+        self.errors: list[Diagnostic] = []
+        self._shaper = Shaper(self.errors.append)
         self._loose: list[RawCall] = []
 
     def finish(self, plans: tuple[ast.PlanDef, ...]) -> list[Diagnostic]:
         """Resolve what needs the whole file; the errors found."""
         self._shaper.resolve({plan.name: plan for plan in plans})
-        return self._errors
+        return self.errors
 
     # The methods below are named after the grammar's rules.
 
@@ -262,7 +271,7 @@ class _Builder(Transformer[Token, Any]):
         name, _, word, _, params, _, opened, *items, closed = children
         start = name.start_pos
         if word != "plan":
-            self._errors.append(
+            self.errors.append(
                 Diagnostic(
                     "not-a-plan",
                     f"`{word.value}` is no plan",
@@ -279,7 +288,7 @@ class _Builder(Transformer[Token, Any]):
             if isinstance(param, ast.Param):
                 plain.append(param)
             elif param.name in options:
-                self._errors.append(
+                self.errors.append(
                     Diagnostic(
                         "repeated-option", f"option `{param.name}` is given twice", param.span, help="keep one of them"
                     )
@@ -324,7 +333,7 @@ class _Builder(Transformer[Token, Any]):
             return ast.Let(name, expr, span)
         if isinstance(expr, ast.Apply):
             return BareCall(expr, span)
-        self._errors.append(_bare_expression(expr))
+        self.errors.append(_bare_expression(expr))
         return None
 
     def tail(self, children: _Children) -> Tail:
@@ -395,7 +404,7 @@ class _Builder(Transformer[Token, Any]):
         token = children[0]
         span = _token_span(token)
         if len(token) > MAX_DIGITS:
-            self._errors.append(
+            self.errors.append(
                 Diagnostic("number-too-large", f"this number has more than {MAX_DIGITS} characters", span)
             )
             return ast.Int(0, span)
@@ -403,7 +412,7 @@ class _Builder(Transformer[Token, Any]):
             return ast.Int(int(token.value), span)
         value = float(token.value)
         if not isfinite(value):
-            self._errors.append(
+            self.errors.append(
                 Diagnostic(
                     "number-too-large", "this number is too large for a float", span, help="the largest is 1.8e308"
                 )
@@ -413,7 +422,7 @@ class _Builder(Transformer[Token, Any]):
 
     def string(self, children: _Children) -> ast.Str:
         token = children[0]
-        return read_string(token.value, token.start_pos, self._errors.append)
+        return read_string(token.value, token.start_pos, self.errors.append)
 
     def unary(self, children: _Children) -> ast.Expr:
         op, operand = children
@@ -438,7 +447,7 @@ class _Builder(Transformer[Token, Any]):
         while self._loose and self._loose[-1].span.start >= start:
             call = self._loose.pop()
             if call.word in _STATEMENTS:
-                self._errors.append(
+                self.errors.append(
                     Diagnostic(
                         "nested-statement",
                         f"`{call.word}` is a statement and can't stand inside an expression",
@@ -448,7 +457,7 @@ class _Builder(Transformer[Token, Any]):
                 )
             else:
                 bind = next(arg for arg in call.args if isinstance(arg, Bind))
-                self._errors.append(
+                self.errors.append(
                     Diagnostic(
                         "misplaced-binder",
                         f"`{call.word}` takes no `{bind.name}: value`",
@@ -460,7 +469,7 @@ class _Builder(Transformer[Token, Any]):
     def _refuse_tail(self, expr: ast.Expr, tail: Tail) -> None:
         word = expr.function if isinstance(expr, ast.Apply) else expr.id if isinstance(expr, ast.Name) else None
         if word is None:
-            self._errors.append(
+            self.errors.append(
                 Diagnostic(
                     "unexpected-block",
                     "an expression takes no block",
@@ -470,11 +479,11 @@ class _Builder(Transformer[Token, Any]):
             )
             return
         if isinstance(expr, ast.Name) and word in EXAMPLES:
-            self._errors.append(
+            self.errors.append(
                 Diagnostic("missing-brackets", f"`{word}` needs brackets", expr.span, help=f"write `{EXAMPLES[word]}`")
             )
             return
-        self._errors.append(
+        self.errors.append(
             Diagnostic(
                 "unknown-statement",
                 f"`{word}` is no statement that takes a block",

@@ -453,6 +453,8 @@ def _prefix(value: ast.Expr) -> str:
             return repr(number)
         case ast.Bool(truth):
             return "true" if truth else "false"
+        case ast.Str(()):
+            return '""'
         case ast.Str(parts):
             shown = [json.dumps(p, ensure_ascii=False) if isinstance(p, str) else interpolated(p) for p in parts]
             return (

@@ -314,15 +314,15 @@ def tree_sum(x: Tensor) -> Tensor:
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
-    """log(sum(exp(logits))) over the last axis of [n, vocab], fp32 [n], natural log, in an order fixed by vocab."""
+    """log(sum(exp(logits))) over the last axis of [n, vocab], [n] of the same dtype, natural log, in an order fixed by vocab."""
     top = logits.amax(-1)
-    return top + tree_sum((logits - top.unsqueeze(-1)).exp_()).double().log_().float()
+    return top + tree_sum((logits - top.unsqueeze(-1)).exp_()).double().log_().to(logits.dtype)
 
 
 def logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Natural-log probability of `tokens` (int64 [n]) under `logits` (fp32 [n, vocab]), unmasked, at temperature 1.
+    """Natural-log probability of `tokens` (int64 [n]) under `logits` [n, vocab], unmasked, at temperature 1.
 
-    Returns fp32 [n].
+    Returns [n] of the dtype of `logits`.
     """
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_normalizer(logits)
 

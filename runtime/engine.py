@@ -142,6 +142,11 @@ class Run:
         if self.listener is not None:
             self.listener(self, event)
 
+    def drop(self, context: Context) -> None:
+        """Let go of a context; sampled tokens that nothing needed are counted as never fed."""
+        self.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in context.unfed)
+        context.drop()
+
     def at(self, span: Span) -> str:
         """ ", line 4" of the plan's source."""
         line, _ = self.compiled.program.source.position(span.start)
@@ -209,9 +214,9 @@ class Engine:
         target = Target(
             self.model.name,
             deterministic=self.config.deterministic,
-            start_token=self.tokenizer.bos_id is not None,
         )
-        return compile_plan(program, name, functions=functions, target=target)
+        start_token = self.tokenizer.bos_id is not None
+        return compile_plan(program, name, functions=functions, target=target, start_token=start_token)
 
     def submit(
         self,
@@ -328,7 +333,7 @@ class Engine:
 
     def logprob(self, logits: Tensor, token: int) -> float:
         """Natural log of the probability of `token` under one row of logits, unmasked, at temperature 1."""
-        return float(logprob(logits[None].float(), torch.tensor([token]))[0])
+        return float(logprob(logits[None], torch.tensor([token]))[0])
 
     def is_blank(self, context: Context) -> bool:
         """Whether nothing stands in `context` but perhaps a start token."""
@@ -391,8 +396,8 @@ class Engine:
                     continue
                 task = self._tasks.get(thread)
                 if task is None:
-                    task = self._make_child(thread)
-                if task.steps is None:
+                    self._resume(self._make_child(thread), None)
+                elif task.steps is None:
                     task.start(None)
                     self._resume(task, None)
                 elif isinstance(task.request, Spawn):
@@ -525,7 +530,7 @@ class Engine:
             branch = fork.branch(task.index)
             if task.attempt < max(branch.limits.retry, fork.limits.retry):
                 self._leave_run(task, status, None, reason)
-                task.context.drop()
+                task.run.drop(task.context)
                 again = self._child_task(fork, task.index, task.attempt + 1)
                 again.thread, task.thread = task.thread, None
                 again.critical = max(again.critical, task.critical)
@@ -538,9 +543,7 @@ class Engine:
         self._end(task, status, None, reason)
 
     def _leave_run(self, task: Task, status: Status, value: Value, reason: str) -> None:
-        run = task.run
-        run.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in task.context.unfed) if status != "ok" else 0
-        run.emit(BranchEnded(task.path, status, "".join(task.text), value, reason, task.spent, task.label))
+        task.run.emit(BranchEnded(task.path, status, "".join(task.text), value, reason, task.spent, task.label))
 
     def _end(self, task: Task, status: Status, value: Value, reason: str) -> None:
         """A task is over: its own branches are ended, and its parent's join told."""
@@ -550,20 +553,18 @@ class Engine:
             self._close(task.fork, "cancelled" if status != "late" else "late")
         thread = task.thread
         work = self._work.pop(thread, None)
-        if work is not None and work.draw is not None and not work.draw.generation.done:
-            self._cut(task, work.draw, status)
+        if work is not None and work.draw is not None:
+            self._cut(task, work.draw)
         if task.steps is not None:
             task.steps.close()
         self._leave_run(task, status, value, reason)
         fork = task.parent
         keeps = status == "ok" and fork is not None and not fork.closed and fork.join.spec.context == "stitch"
         if not keeps:
-            if status == "ok":
-                task.run.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in task.context.unfed)
             if fork is None and not task.context.unfed:
                 task.context.seal()
                 self.remember(task.context)
-            task.context.drop()
+            task.run.drop(task.context)
         self.scheduler.end(thread, kept=task.num_pages() if keeps else 0)
         del self._tasks[thread]
         if fork is None:
@@ -611,11 +612,12 @@ class Engine:
         if fork.parent.thread is not None and fork.parent.steps is None:
             return
 
-    def _cut(self, task: Task, request: Draw, status: Status) -> None:
-        """A gen is ended from outside: what it has is kept as text."""
-        generation = request.generation
-        generation.cut("cancelled", status)
-        task.text.append(generation.text)
+    def _cut(self, task: Task, request: Draw) -> None:
+        """A gen is ended from outside, or is done and its thread never hears of it: what it has is kept as text."""
+        request.generation.cut("cancelled", "its branch was ended")
+        ended = task.gen_ended(request)
+        task.text.append(self.text_of(ended.ids))
+        task.emit(ended)
 
     def _finish(self, task: Task, status: Status, value: Value, reason: str) -> None:
         run = task.run
@@ -775,7 +777,7 @@ class Engine:
         found: dict[int, float] = {}
         if wants:
             index = torch.tensor(wants)
-            found = dict(zip(wants, logprob(logits[index].float(), tokens[index]).tolist(), strict=True))
+            found = dict(zip(wants, logprob(logits[index], tokens[index]).tolist(), strict=True))
         for place, token in enumerate(tokens.tolist()):
             work, context, row = sampling[place]
             task, request = work.task, draws[place]

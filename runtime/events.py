@@ -11,9 +11,12 @@ A round of a loop adds a component, `loop3[0]`, to the path of what happens insi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from anabranch.dsl.spec import Value
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Path: TypeAlias = tuple[str, ...]
 Status: TypeAlias = Literal["ok", "failed", "truncated", "cancelled", "late"]
@@ -111,6 +114,22 @@ class RunEnded:
     value: Value
     reason: str
     counts: dict[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitsRow:
+    """The logits a token was drawn from, kept under `trace_logits`. It is a trace beside the events, not one of them.
+
+    path: of the thread, as in its `BranchStarted` (rounds of its own loops left out)
+    index: how many tokens the thread had drawn before (its counter never restarts)
+    logits: [vocab], the model's own, before penalties, mask and temperature
+    token: the id that was drawn, also where it was trimmed later
+    """
+
+    path: Path
+    index: int
+    logits: Tensor
+    token: int
 
 
 Event: TypeAlias = BranchStarted | TextDelta | GenEnded | HostCalled | Joined | BranchEnded | RunEnded

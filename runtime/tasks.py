@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 from torch import Tensor
@@ -85,6 +85,7 @@ class Draw:
     key: Philox key; parameters: the six sampling options by name
     """
 
+    node: graph.Decode
     generation: Generation
     key: tuple[int, int]
     parameters: Mapping[str, float]
@@ -465,22 +466,26 @@ class Task:
         parameters = {name: self._parameter(spec, name) for name in SAMPLING}
         wants = bool(spec.logprobs) or self.run.wants_logprobs
         context.expect = -(-(len(context.unfed) + left) // context.pool.page_size)
-        yield Draw(generation, key, parameters, wants)
+        request = Draw(node, generation, key, parameters, wants)
+        yield request
         self._settle(generation)
-        ended = generation.done or "failed"
-        if ended == "max" and left < spec.max_tokens:
-            ended = "truncated"
-            generation.reason = "the budget ran out"
+        if generation.done == "max" and left < spec.max_tokens:
+            return replace(self.gen_ended(request), end="truncated", reason="the budget ran out")
+        return self.gen_ended(request)
+
+    def gen_ended(self, request: Draw) -> GenEnded:
+        """The event of a gen that is done."""
+        generation = request.generation
         return GenEnded(
             self.here,
-            node.site,
-            node.name,
+            request.node.site,
+            request.node.name,
             generation.kept_ids,
             generation.drawn,
             generation.text,
             generation.value,
-            ended,
-            generation.logprobs if wants else (),
+            generation.done or "failed",
+            generation.logprobs if request.wants_logprobs else (),
             generation.reason,
         )
 
@@ -690,7 +695,7 @@ class Task:
             self.text.append(text)
             self.run.check_position(self.context.position)
         for task in state.finished.values():
-            task.context.drop()
+            self.run.drop(task.context)
         self.emit(Joined(self.here, state.site, result.ok, result.winners, result.value, result.failed))
         if not result.failed:
             return result.value
