@@ -39,7 +39,6 @@ from anabranch.compiler.graph import Need as NeedNode
 from anabranch.compiler.profile import NO_PAGES, Profile, at_once_peak, depth_first_peak, kept_at_join, pages_of
 from anabranch.compiler.scheduler import Child, Machine, Need
 from anabranch.compiler.sizes import NOTHING, Fed, Feed, Measured, levels
-from anabranch.dsl.diagnostics import Span
 from anabranch.dsl.spec import JoinSpec, Limits
 
 
@@ -130,7 +129,8 @@ def in_a_row(costs: Sequence[Cost], page_size: int) -> Cost:
         unfed = unfed if c.ends_unfed is None else c.ends_unfed
     return Cost(
         decoded, forced, prefilled, reprefilled, flushed, idle_feeds, path, steps, overhead, pos, pos_fed, view,
-        view_fed, high, high_fed, high_fresh, aliased, per_view, width, depth, threads, segments, profile, seals_first, unfed,
+        view_fed, high, high_fed, high_fresh, aliased, per_view, width, depth, threads, segments, profile, seals_first,
+        unfed,
     )  # fmt: skip
 
 
@@ -454,7 +454,7 @@ class Bounds:
         """The known tokens that a branch of this region feeds before its first node."""
         return self._plan(region).fed.starts.get(region.entry, NOTHING)
 
-    def first_past(self, context: int) -> tuple[Node, Span] | None:
+    def first_past(self, context: int) -> Node | None:
         """The first node in order of the text whose worst case reaches past `context` tokens, if any does."""
         if self.largest_position <= context:
             return None
@@ -837,21 +837,21 @@ class _Plan:
 
     # --- where it goes too far
 
-    def first_past(self, context: int) -> tuple[Node, Span] | None:
+    def first_past(self, context: int) -> Node | None:
         return self._past(self.plan.region, 0, 0, context)
 
-    def _past(self, region: Region, depth: int, pos: int, context: int) -> tuple[Node, Span] | None:
+    def _past(self, region: Region, depth: int, pos: int, context: int) -> Node | None:
         pos += self.fed.starts.get(region.entry, NOTHING).rows
         for node in region.nodes:
             if isinstance(node, _CONTEXTLESS):
                 continue
             cost = self.cost_of(node, depth)
             if pos + cost.high > context or cost.high_fresh > context:
-                return self._past_inside(node, depth, pos, context) or (node, node.span)
+                return self._past_inside(node, depth, pos, context) or node
             pos += cost.pos
         return None
 
-    def _past_inside(self, node: Node, depth: int, pos: int, context: int) -> tuple[Node, Span] | None:
+    def _past_inside(self, node: Node, depth: int, pos: int, context: int) -> Node | None:
         match node:
             case Fork(arms=arms, limits=limits):
                 inner = [(arm.region, limits.fresh or arm.limits.fresh) for arm in arms]

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, assert_never
+from typing import assert_never
 
 from anabranch.dsl import ast
-
-
-def names_read(expr: ast.Expr) -> Iterator[str]:
-    """Every name that `expr` reads, as often as it does, from left to right."""
-    stack = [expr]
-    while stack:
-        current = stack.pop()
-        if isinstance(current, ast.Name):
-            yield current.id
-        else:
-            stack.extend(reversed(children(current)))
 
 
 def children(expr: ast.Expr) -> tuple[ast.Expr, ...]:
@@ -40,20 +28,3 @@ def children(expr: ast.Expr) -> tuple[ast.Expr, ...]:
             return tuple(arg.value for arg in args)
         case _:
             assert_never(expr)
-
-
-def render(value: Any) -> str:
-    """A value of the language as the text that an interpolation of it writes."""
-    match value:
-        case str():
-            return value
-        case bool():
-            return "true" if value else "false"
-        case float() | int():
-            return repr(value)
-        case list() | tuple():
-            return "\n".join(render(item) for item in value)
-        case Mapping():
-            return "\n".join(f"{name}: {render(item)}" for name, item in value.items())
-        case _:
-            return str(value)

@@ -8,119 +8,51 @@ multiplicity because they are written so, and every other rewriting is a pass of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import assert_never
 
-from anabranch.compiler import graph, lengths
+from anabranch.compiler import graph
 from anabranch.compiler.graph import Arm, Ctx, Graph, PlanGraph, Region
-from anabranch.compiler.lengths import ListOf, Shape
 from anabranch.dsl import ast, options
-from anabranch.dsl.diagnostics import Diagnostic, PlanError
-from anabranch.dsl.sites import arm_prefix, bound_name, sites
-from anabranch.dsl.spec import JoinSpec, Limits
+from anabranch.dsl.check import Checked
+from anabranch.dsl.scope import bound_name
+from anabranch.dsl.sites import arm_prefix, sites
 
 
-def lower(program: ast.Program, name: str | None = None) -> Graph:
+def lower(checked: Checked, name: str | None = None) -> Graph:
     """The graph of plan `name` (the last of the file when None) and of every plan that it can reach.
 
-    `program` must have passed the checker. Raises KeyError if it has no such plan, and PlanError
-    (`unbounded-width`) for a fork, map or reduce whose width nothing bounds.
+    Raises KeyError if the program has no such plan.
     """
+    program = checked.program
     main = program.plan(name)
-    reached = _reached(program, main)
     plans: dict[str, PlanGraph] = {}
-    returns: dict[str, Shape] = {}
-    # Plans stand before their callers in the file, so that the shape of what a call returns is known.
-    for plan in program.plans:
-        if plan.name in reached:
-            lowering = _Lowering(program, plan, returns)
-            plans[plan.name] = lowering.plan()
-            returns[plan.name] = lowering.returned
+    waiting = [main.name]
+    while waiting:
+        called = waiting.pop()
+        if called not in plans:
+            lowering = _Lowering(checked, program.plan(called))
+            plans[called] = lowering.plan()
+            waiting.extend(lowering.calls)
     return Graph(main.name, plans)
 
 
-def _reached(program: ast.Program, main: ast.PlanDef) -> set[str]:
-    reached = {main.name}
-    waiting = [main.body]
-    while waiting:
-        for stmt in waiting.pop().stmts:
-            match stmt:
-                case ast.Call(plan=name) if name not in reached:
-                    reached.add(name)
-                    waiting.append(program.plan(name).body)
-                case _:
-                    waiting.extend(_blocks(stmt))
-    return reached
-
-
-def _blocks(stmt: ast.Stmt) -> Iterator[ast.Block]:
-    match stmt:
-        case ast.Fork(body=body) | ast.Map(body=body) | ast.Reduce(body=body) | ast.Loop(body=body):
-            yield body
-        case ast.Branches(branches=branches):
-            yield from (branch.body for branch in branches)
-        case ast.If(then=then, orelse=orelse):
-            yield then
-            if orelse is not None:
-                yield orelse
-        case _:
-            pass
-
-
-class _Scope(Mapping[str, Shape]):
-    """The names in scope in a block, with those of the blocks around it, and the shape of each."""
-
-    __slots__ = ("names", "outer")
-
-    def __init__(self, outer: _Scope | None, names: Mapping[str, Shape] | None = None) -> None:
-        self.outer = outer
-        self.names: dict[str, Shape] = dict(names or {})
-
-    def __getitem__(self, name: str) -> Shape:
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope.names:
-                return scope.names[name]
-            scope = scope.outer
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.names
-        if self.outer is not None:
-            yield from (name for name in self.outer if name not in self.names)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def rebind(self, name: str, shape: Shape) -> None:
-        """Give a name that an outer block binds, or else a new one, this shape."""
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope.names:
-                scope.names[name] = shape
-                return
-            scope = scope.outer
-        self.names[name] = shape
-
-
 class _Lowering:
-    """Lowers one plan. `returned`: the shape of what it returns, once it is lowered."""
+    """Lowers one plan. `calls`: the plans that it calls."""
 
-    def __init__(self, program: ast.Program, plan: ast.PlanDef, returns: Mapping[str, Shape]) -> None:
-        self.program = program
+    def __init__(self, checked: Checked, plan: ast.PlanDef) -> None:
+        self.checked = checked
         self.definition = plan
-        self.callees = returns
-        self.returned: Shape = None
+        self.calls: list[str] = []
         self._contexts = 0
 
     def plan(self) -> PlanGraph:
         plan = self.definition
-        scope = _Scope(None, {param.name: lengths.of_param(param.bound) for param in plan.params})
-        region, self.returned = self._thread(plan.body, scope)
+        params = tuple(param.name for param in plan.params)
         return PlanGraph(
             name=plan.name,
-            params=tuple(param.name for param in plan.params),
-            region=region,
+            params=params,
+            region=self._block(plan.body, _Scope(None, *params)),
             bounds=tuple(param.bound for param in plan.params),
             limits=options.limits(plan.options, kind="plan"),
             depth=options.plan_depth(plan),
@@ -131,176 +63,116 @@ class _Lowering:
         self._contexts += 1
         return self._contexts - 1
 
-    def _thread(self, block: ast.Block, scope: _Scope) -> tuple[Region, Shape]:
-        """The region of a thread, and the shape of what it returns."""
-        returned: list[Shape] = []
-        region = self._block(block, scope, returned)
-        return region, lengths.union(returned)
-
-    def _block(self, block: ast.Block, scope: _Scope, returned: list[Shape], prefix: str = "") -> Region:
+    def _block(self, block: ast.Block, scope: _Scope, prefix: str = "") -> Region:
         """Lower a block; the names that it binds are added to `scope`."""
         entry = ctx = self._fresh()
         nodes: list[graph.Node] = []
         for place, (stmt, site) in enumerate(zip(block.stmts, sites(block, prefix), strict=True)):
             following = block.stmts[place + 1] if place + 1 < len(block.stmts) else None
-            shape: Shape = None
-            node: graph.Node
-            match stmt:
-                case ast.Write(role=role, value=value):
-                    hold = role == "text" and _continues(following)
-                    node = graph.Write(ctx, self._fresh(), site, role, value, hold, stmt.span)
-                case ast.Gen(name=name, prompt=prompt):
-                    spec = options.gen_spec(stmt, self.definition)
-                    node = graph.Decode(ctx, self._fresh(), site, name, prompt, spec, stmt.span)
-                    shape = lengths.of_gen(spec.type)
-                case ast.Fork():
-                    node, shape = self._fork(stmt, ctx, site, scope)
-                case ast.Branches():
-                    node, shape = self._branches(stmt, ctx, site, scope)
-                case ast.Map():
-                    node, shape = self._map(stmt, ctx, site, scope)
-                case ast.Reduce():
-                    node, shape = self._reduce(stmt, ctx, site, scope)
-                case ast.Loop():
-                    node = self._loop(stmt, ctx, site, scope, returned)
-                case ast.If():
-                    node = self._cond(stmt, ctx, site, place, scope, returned)
-                case ast.Need(cond=cond):
-                    node = graph.Need(site, cond, stmt.span)
-                case ast.Return(value=value):
-                    node = graph.Return(site, value, stmt.span)
-                    returned.append(lengths.of_expr(value, scope))
-                case ast.Let(name=name, value=value):
-                    node, shape = graph.Let(site, name, value, stmt.span), lengths.of_expr(value, scope)
-                case ast.Call(name=name, plan=plan):
-                    limits = options.limits(stmt.options, kind="call")
-                    args = self._arguments(stmt)
-                    node = graph.Call(ctx, self._fresh(), site, name, plan, args, limits, stmt.span)
-                    shape = self.callees.get(plan)
-                case ast.Expand(name=name, prompt=prompt):
-                    node = graph.Expand(ctx, self._fresh(), site, name, prompt, stmt.span)
-                case _:
-                    assert_never(stmt)
+            node = self._statement(stmt, ctx, site, place, following, scope)
             nodes.append(node)
             ctx = graph.after(node, ctx)
-            bound = bound_name(stmt)
-            if bound is not None:
-                scope.rebind(bound, shape)
+            name = bound_name(stmt)
+            if name is not None:
+                scope.names.add(name)
         return Region(entry, tuple(nodes), ctx)
 
-    def _fork(self, stmt: ast.Fork, src: Ctx, site: str, scope: _Scope) -> tuple[graph.Fork, Shape]:
+    def _statement(
+        self, stmt: ast.Stmt, src: Ctx, site: str, place: int, following: ast.Stmt | None, scope: _Scope
+    ) -> graph.Node:
+        match stmt:
+            case ast.Write(role=role, value=value):
+                hold = role == "text" and _continues(following)
+                return graph.Write(src, self._fresh(), site, role, value, hold, stmt.span)
+            case ast.Gen(name=name, prompt=prompt):
+                spec = options.gen_spec(stmt, self.definition)
+                return graph.Decode(src, self._fresh(), site, name, prompt, spec, stmt.span)
+            case ast.Fork():
+                return self._fork(stmt, src, site, scope)
+            case ast.Branches(name=name):
+                limits, join = options.limits(stmt.options, kind="branches"), options.join_spec(stmt.join)
+                arms = tuple(self._arm(branch, scope) for branch in stmt.branches)
+                return graph.Fork(src, self._fresh(), site, name, None, None, arms, join, limits, stmt.span)
+            case ast.Map():
+                return self._map(stmt, src, site, scope)
+            case ast.Reduce(name=name, item=item, over=over):
+                limits, by = options.limits(stmt.options, kind="reduce"), options.reduce_by(stmt.options)
+                region = self._block(stmt.body, _Scope(scope, item))
+                most = self.checked.most_of(stmt)
+                return graph.Reduce(src, self._fresh(), site, name, item, over, most, by, region, limits, stmt.span)
+            case ast.Loop(body=body, until=until):
+                carried = tuple(dict.fromkeys(name for name in _bound_in(body) if name in scope))
+                region = self._block(body, scope)
+                rounds = options.loop_rounds(stmt)
+                return graph.Loop(src, self._fresh(), site, rounds, region, until, carried, stmt.span)
+            case ast.If():
+                return self._cond(stmt, src, site, place, scope)
+            case ast.Need(cond=cond):
+                return graph.Need(site, cond, stmt.span)
+            case ast.Return(value=value):
+                return graph.Return(site, value, stmt.span)
+            case ast.Let(name=name, value=value):
+                return graph.Let(site, name, value, stmt.span)
+            case ast.Call(name=name, plan=plan):
+                self.calls.append(plan)
+                args, limits = self._arguments(stmt), options.limits(stmt.options, kind="call")
+                return graph.Call(src, self._fresh(), site, name, plan, args, limits, stmt.span)
+            case ast.Expand(name=name, prompt=prompt):
+                return graph.Expand(src, self._fresh(), site, name, prompt, stmt.span)
+            case _:
+                assert_never(stmt)
+
+    def _fork(self, stmt: ast.Fork, src: Ctx, site: str, scope: _Scope) -> graph.Fork:
         limits, join = options.limits(stmt.options, kind="fork"), options.join_spec(stmt.join)
-        inner = _Scope(scope, {stmt.index: None} if stmt.index else None)
-        region, returned = self._thread(stmt.body, inner)
-        width = options.fork_width(stmt)
-        expr = stmt.width if width is None else None
-        most = _bounded(limits.upto, "fork", stmt) if width is None else width
-        arms = (Arm(region, most, span=stmt.span),)
-        node = graph.Fork(src, self._fresh(), site, stmt.name, stmt.index, expr, arms, join, limits, stmt.span)
-        return node, _joined(join, {None: returned}, [inner], most, limits, scope)
+        region = self._block(stmt.body, _Scope(scope, stmt.index))
+        expr = None if options.fork_width(stmt) is not None else stmt.width
+        arms = (Arm(region, self.checked.most_of(stmt), span=stmt.span),)
+        return graph.Fork(src, self._fresh(), site, stmt.name, stmt.index, expr, arms, join, limits, stmt.span)
 
-    def _branches(self, stmt: ast.Branches, src: Ctx, site: str, scope: _Scope) -> tuple[graph.Fork, Shape]:
-        limits, join = options.limits(stmt.options, kind="branches"), options.join_spec(stmt.join)
-        arms: list[Arm] = []
-        scopes: list[_Scope] = []
-        returned: dict[str | None, list[Shape]] = {}
-        for branch in stmt.branches:
-            inner = _Scope(scope)
-            region, shape = self._thread(branch.body, inner)
-            hold = _continues(branch.body.stmts[0] if branch.body.stmts else None)
-            own = options.limits(branch.options, kind="branch")
-            arms.append(Arm(region, 1, branch.label, branch.prompt, hold, own, branch.span))
-            scopes.append(inner)
-            returned.setdefault(branch.label, []).append(shape)
-        by_label = {label: lengths.union(found) for label, found in returned.items()}
-        node = graph.Fork(src, self._fresh(), site, stmt.name, None, None, tuple(arms), join, limits, stmt.span)
-        return node, _joined(join, by_label, scopes, len(arms), limits, scope)
+    def _arm(self, branch: ast.Branch, scope: _Scope) -> Arm:
+        region = self._block(branch.body, _Scope(scope))
+        hold = branch.prompt is not None and _continues(branch.body.stmts[0] if branch.body.stmts else None)
+        limits = options.limits(branch.options, kind="branch")
+        return Arm(region, 1, branch.label, branch.prompt, hold, limits, branch.span)
 
-    def _map(self, stmt: ast.Map, src: Ctx, site: str, scope: _Scope) -> tuple[graph.Map, Shape]:
+    def _map(self, stmt: ast.Map, src: Ctx, site: str, scope: _Scope) -> graph.Map:
         limits, join = options.limits(stmt.options, kind="map"), options.join_spec(stmt.join)
-        over = lengths.of_expr(stmt.over, scope)
-        inner = _Scope(scope, {stmt.item: over.item if isinstance(over, ListOf) else None})
-        if stmt.index:
-            inner.names[stmt.index] = None
-        region, returned = self._thread(stmt.body, inner)
-        most = _bounded(lengths.most_items(over, limits.upto), "map", stmt)
-        node = graph.Map(
+        region = self._block(stmt.body, _Scope(scope, stmt.item, stmt.index))
+        most = self.checked.most_of(stmt)
+        return graph.Map(
             src, self._fresh(), site, stmt.name, stmt.index, stmt.item, stmt.over, most, region, join, limits, stmt.span
         )
-        return node, _joined(join, {None: returned}, [inner], most, limits, scope)
 
-    def _reduce(self, stmt: ast.Reduce, src: Ctx, site: str, scope: _Scope) -> tuple[graph.Reduce, Shape]:
-        limits, by = options.limits(stmt.options, kind="reduce"), options.reduce_by(stmt.options)
-        over = lengths.of_expr(stmt.over, scope)
-        item = over.item if isinstance(over, ListOf) else None
-        region, returned = self._thread(stmt.body, _Scope(scope, {stmt.item: ListOf(by, item)}))
-        most = _bounded(lengths.most_items(over, limits.upto), "reduce", stmt)
-        node = graph.Reduce(
-            src, self._fresh(), site, stmt.name, stmt.item, stmt.over, most, by, region, limits, stmt.span
-        )
-        return node, lengths.union([item, returned])
-
-    def _loop(self, stmt: ast.Loop, src: Ctx, site: str, scope: _Scope, returned: list[Shape]) -> graph.Loop:
-        carried = tuple(dict.fromkeys(name for name in _bound_in(stmt.body) if name in scope))
-        for name in carried:
-            # From the second round on the name may hold what the body gives it; only a `gen` is looked up ahead.
-            scope.rebind(name, lengths.union([scope[name], *self._gens_of(stmt.body, name)]))
-        region = self._block(stmt.body, scope, returned)
-        return graph.Loop(src, self._fresh(), site, options.loop_rounds(stmt), region, stmt.until, carried, stmt.span)
-
-    def _gens_of(self, block: ast.Block, name: str) -> Iterator[Shape]:
-        for stmt in block.stmts:
-            if isinstance(stmt, ast.Gen) and stmt.name == name:
-                yield lengths.of_gen(options.gen_spec(stmt, self.definition).type)
-            elif bound_name(stmt) == name:
-                yield None
-            elif isinstance(stmt, ast.Loop | ast.If):
-                for inner in _blocks(stmt):
-                    yield from self._gens_of(inner, name)
-
-    def _cond(self, stmt: ast.If, src: Ctx, site: str, place: int, scope: _Scope, returned: list[Shape]) -> graph.Cond:
+    def _cond(self, stmt: ast.If, src: Ctx, site: str, place: int, scope: _Scope) -> graph.Cond:
         in_then, in_else = _Scope(scope), _Scope(scope)
-        then = self._block(stmt.then, in_then, returned, arm_prefix(site, place, orelse=False))
+        then = self._block(stmt.then, in_then, arm_prefix(site, place, orelse=False))
         orelse = None
         if stmt.orelse is not None:
-            orelse = self._block(stmt.orelse, in_else, returned, arm_prefix(site, place, orelse=True))
-        for name, shape in in_then.names.items():
-            if name in in_else.names:
-                scope.names[name] = lengths.union([shape, in_else.names[name]])
+            orelse = self._block(stmt.orelse, in_else, arm_prefix(site, place, orelse=True))
+        scope.names |= in_then.names & in_else.names
         return graph.Cond(src, self._fresh(), site, stmt.cond, then, orelse, stmt.span)
 
     def _arguments(self, call: ast.Call) -> tuple[tuple[str, ast.Expr], ...]:
-        places = iter([param.name for param in self.program.plan(call.plan).params])
+        places = iter([param.name for param in self.checked.program.plan(call.plan).params])
         return tuple((arg.name or next(places), arg.value) for arg in call.args)
 
 
-def _joined(
-    join: JoinSpec,
-    returned: Mapping[str | None, Shape],
-    scopes: list[_Scope],
-    width: int,
-    limits: Limits,
-    outer: _Scope,
-) -> Shape:
-    """The shape of a join's value, or of its fallback."""
-    key: Shape = None
-    if join.key is not None and join.kind in ("vote", "quorum"):
-        key = lengths.union(scope.get(join.key) for scope in scopes)
-    shape = lengths.of_join(join, returned, key, width)
-    return shape if limits.fallback is None else lengths.union([shape, lengths.of_expr(limits.fallback, outer)])
+class _Scope:
+    """The names in scope in a block, with those of the blocks around it."""
 
+    __slots__ = ("names", "outer")
 
-def _bounded(most: int | None, kind: str, stmt: ast.Fork | ast.Map | ast.Reduce) -> int:
-    if most is None:
-        raise PlanError(
-            Diagnostic(
-                "unbounded-width",
-                f"nothing says how wide this `{kind}` can be",
-                stmt.span,
-                help="write `upto=`, the most there can be",
-            )
-        )
-    return most
+    def __init__(self, outer: _Scope | None, *names: str | None) -> None:
+        self.outer = outer
+        self.names = {name for name in names if name is not None}
+
+    def __contains__(self, name: str) -> bool:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope.names:
+                return True
+            scope = scope.outer
+        return False
 
 
 def _continues(stmt: ast.Stmt | None) -> bool:
@@ -314,6 +186,12 @@ def _bound_in(block: ast.Block) -> Iterator[str]:
         name = bound_name(stmt)
         if name is not None:
             yield name
-        if isinstance(stmt, ast.Loop | ast.If):
-            for inner in _blocks(stmt):
-                yield from _bound_in(inner)
+        match stmt:
+            case ast.Loop(body=body):
+                yield from _bound_in(body)
+            case ast.If(then=then, orelse=orelse):
+                yield from _bound_in(then)
+                if orelse is not None:
+                    yield from _bound_in(orelse)
+            case _:
+                pass

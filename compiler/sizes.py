@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, assert_never
+from typing import Any, Literal, Protocol, TypeAlias, assert_never
 
 from anabranch.compiler.amounts import ZERO, Amount, Symbol, after_rounds, most, symbol
-from anabranch.compiler.expressions import render
 from anabranch.compiler.graph import (
     Call,
     Cond,
@@ -36,12 +35,20 @@ from anabranch.compiler.graph import (
     walk,
 )
 from anabranch.dsl import ast
+from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.spec import ChoiceType, FloatType, IntType, JoinSpec, Limits
+from anabranch.dsl.values import render
+
+Role: TypeAlias = Literal["user", "system", "assistant"]
 
 AGAIN = 8  # tokens that a generated value may take more when it is encoded again (DESIGN, "Bounds")
 NUMBER = 24  # tokens of a computed number: every float's repr, and ints below 10**24
 HOST = 512  # tokens of what a host function returns: it states no bound, and a plan must have one
 BOOL = 5  # tokens of `false`, byte by byte
+
+
+Piece: TypeAlias = tuple[str, bool]
+"""A text, and whether it stands in the plan's own words: special tokens are split in those alone."""
 
 
 class Sizes(Protocol):
@@ -61,11 +68,11 @@ class Sizes(Protocol):
     def opener(self) -> int: ...
     @property
     def closer(self) -> int: ...
-    def text(self, text: str) -> int:
-        """Tokens of `text`, encoded in one call."""
+    def tokens(self, pieces: Sequence[Piece]) -> int:
+        """Tokens of a statement's text, encoded in one call."""
         ...
 
-    def turn(self, role: str) -> int:
+    def turn(self, role: Role) -> int:
         """Tokens of a whole turn of `role` beside those of its content."""
         ...
 
@@ -79,11 +86,62 @@ class ByteSizes:
     opener: int = 0
     closer: int = 0
 
-    def text(self, text: str) -> int:
-        return len(text.encode("utf-8", "surrogatepass"))
+    def tokens(self, pieces: Sequence[Piece]) -> int:
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text, _ in pieces)
 
-    def turn(self, role: str) -> int:
+    def turn(self, role: Role) -> int:
         return 1
+
+
+class Encoder(Protocol):
+    """A tokenizer. `bos_id`: the token that an empty view begins with, if any."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    def encode(self, pieces: Sequence[Piece]) -> Sequence[int]: ...
+
+
+class Turns(Protocol):
+    """A model's chat pieces: a whole turn, and what opens the assistant's."""
+
+    def turn(self, role: Role, content: Sequence[Piece], *, first: bool, open: bool) -> list[Piece]: ...
+    def open_assistant(self, *, first: bool) -> list[Piece]: ...
+
+
+class ModelSizes:
+    """What a model's tokenizer and chat pieces make of text. Counts are remembered, so a model keeps one of these."""
+
+    exact = True
+
+    def __init__(self, tokenizer: Encoder, chat: Turns) -> None:
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._turns: dict[Role, int] = {}
+        self.start = 0 if tokenizer.bos_id is None else 1
+        self.opener = self.tokens(chat.open_assistant(first=False))
+        self.closer = 0
+        for first in (False, True):
+            closed, still_open = (self._around("user", first=first, is_open=is_open) for is_open in (False, True))
+            self.closer = max(self.closer, still_open - closed)
+
+    def tokens(self, pieces: Sequence[Piece]) -> int:
+        return len(self._tokenizer.encode(pieces)) if pieces else 0
+
+    def turn(self, role: Role) -> int:
+        found = self._turns.get(role)
+        if found is None:
+            # Beside its content the turn's own words may split otherwise, by a token on either side.
+            found = self._turns[role] = 2 + max(
+                self._around(role, first=first, is_open=False) for first in (False, True)
+            )
+        return found
+
+    def _around(self, role: Role, *, first: bool, is_open: bool) -> int:
+        try:
+            return self.tokens(self._chat.turn(role, [], first=first, open=is_open))
+        except PlanError:
+            # The template has no such turn in this place; a plan that writes it there fails when it does.
+            return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +326,7 @@ class _Walk:
         self.unbounded: list[str] = []
         self.params: dict[str, Symbol] = {name: table.fresh() for name in plan.params}
         self.returned = _NONE
-        self._texts: dict[str, int] = {}
+        self._texts: dict[tuple[Piece, ...], int] = {}
         self._at: list[tuple[Ctx, Amount, Amount, Amount, list[int], int]] = []
         self._joined: list[tuple[Ctx, Amount]] = []
         self._starts: list[tuple[Ctx, Amount, Amount]] = []
@@ -354,16 +412,8 @@ class _Walk:
     def _region(self, region: Region, scope: _Scope, flow: _Flow) -> None:
         for node in region.nodes:
             match node:
-                case Write(role="text"):
-                    text = self._value(node.value, scope)
-                    self._feed(node.dst, self._opened(flow) + text.tokens, text.generated)
-                    flow.written += text.tokens
-                case Write(role=role):
-                    text = self._value(node.value, scope)
-                    around = self.sizes.turn(role) + (self.sizes.closer if flow.role & _OPEN else 0)
-                    flow.role = _CLOSED
-                    self._feed(node.dst, text.tokens + around, text.generated)
-                    flow.written += text.tokens
+                case Write():
+                    self._write(node, scope, flow)
                 case Decode():
                     self._decode(node, scope, flow)
                 case Fork():
@@ -389,6 +439,16 @@ class _Walk:
                     flow.ended = True
                 case _:
                     assert_never(node)
+
+    def _write(self, node: Write, scope: _Scope, flow: _Flow) -> None:
+        text = self._value(node.value, scope)
+        if node.role == "text":
+            around = self._opened(flow)
+        else:
+            around = Amount(self.sizes.turn(node.role) + (self.sizes.closer if flow.role & _OPEN else 0))
+            flow.role = _CLOSED
+        self._feed(node.dst, around + text.tokens, text.generated)
+        flow.written += text.tokens
 
     def _decode(self, node: Decode, scope: _Scope, flow: _Flow) -> None:
         spec = node.spec
@@ -642,9 +702,10 @@ class _Walk:
     def _string(self, parts: Sequence[str | ast.Expr], scope: _Scope) -> _Value:
         values = [part if isinstance(part, str) else self._value(part, scope) for part in parts]
         if all(isinstance(value, str) or value.known for value in values):
-            text = "".join(value if isinstance(value, str) else render(value.known[0]) for value in values)
-            generated = _sum([value for value in values if isinstance(value, _Value)])[1]
-            return _Value(Amount(self._text(text)), generated, known=(text,))
+            pieces = tuple(
+                (value, True) if isinstance(value, str) else (render(value.known[0]), False) for value in values
+            )
+            return _Value(Amount(self._count(pieces)), known=("".join(text for text, _ in pieces),))
         inner = [value for value in values if isinstance(value, _Value)]
         tokens, generated = _sum(inner)
         return _Value(tokens + sum(self._text(value) for value in values if isinstance(value, str)), generated)
@@ -654,7 +715,7 @@ class _Walk:
         if isinstance(value, list | tuple):
             item = replace(_union([self._known(each) for each in value]), known=()) if value else _NONE
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return _Value(Amount(self._text(render(value))), ZERO, item, number=number, known=(value,))
+        return _Value(Amount(self._count(((render(value), False),))), ZERO, item, number=number, known=(value,))
 
     def _list_of(self, item: _Value, count: int) -> _Value:
         return _Value(
@@ -667,9 +728,12 @@ class _Walk:
         return _Value(tokens + names, generated, fields=fields)
 
     def _text(self, text: str) -> int:
-        found = self._texts.get(text)
+        return self._count(((text, True),))
+
+    def _count(self, pieces: tuple[Piece, ...]) -> int:
+        found = self._texts.get(pieces)
         if found is None:
-            found = self._texts[text] = self.sizes.text(text)
+            found = self._texts[pieces] = self.sizes.tokens(pieces)
         return found
 
     def _opened(self, flow: _Flow) -> Amount:

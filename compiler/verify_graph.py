@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
-from anabranch.compiler.expressions import names_read
 from anabranch.compiler.graph import (
     Call,
     Cond,
@@ -45,7 +44,7 @@ from anabranch.compiler.graph import (
     walk,
 )
 from anabranch.compiler.graph_text import node_line
-from anabranch.dsl.ast import Expr
+from anabranch.dsl.ast import Expr, names_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,14 +241,14 @@ def _names_defined(graph: Graph, plan: PlanGraph) -> Iterator[Fault]:
 def _region_names(region: Region, names: _Names) -> Iterator[Fault]:
     for place, node in enumerate(region.nodes):
         for expr in _reads(node):
-            for name in names_read(expr):
+            for name in names_in(expr):
                 if name not in names:
                     yield Fault(f"`{name}` is read and not bound", region, place)
         match node:
             case Fork(arms=arms, index=index):
                 for arm in arms:
                     if arm.prompt is not None:
-                        for name in names_read(arm.prompt):
+                        for name in names_in(arm.prompt):
                             if name not in names:
                                 yield Fault(f"`{name}` is read and not bound", region, place)
                     yield from _region_names(arm.region, _Names(names, index))
@@ -259,7 +258,7 @@ def _region_names(region: Region, names: _Names) -> Iterator[Fault]:
                 yield from _region_names(inner, _Names(names, item))
             case Loop(region=inner, until=until):
                 yield from _region_names(inner, names)
-                for name in names_read(until) if until is not None else ():
+                for name in names_in(until) if until is not None else ():
                     if name not in names:
                         yield Fault(f"`{name}` is read by `until` and not bound", region, place)
             case Cond(then=then, orelse=orelse):

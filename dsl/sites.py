@@ -28,19 +28,7 @@ from anabranch.dsl.ast import (
     Stmt,
     Write,
 )
-
-
-def bound_name(stmt: Stmt) -> str | None:
-    """The name that `stmt` itself binds in its block."""
-    match stmt:
-        case Gen(name=name) | Fork(name=name) | Branches(name=name) | Map(name=name) | Reduce(name=name):
-            return name
-        case Call(name=name) | Expand(name=name) | Let(name=name):
-            return name
-        case Write() | Loop() | If() | Need() | Return():
-            return None
-        case _:
-            assert_never(stmt)
+from anabranch.dsl.scope import bound_name
 
 
 def kind(stmt: Stmt) -> str:

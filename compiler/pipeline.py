@@ -1,0 +1,162 @@
+"""From a program to what a run needs: the passes, in order, on one page. The verifier runs after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from anabranch.compiler.bounds import Bounds
+from anabranch.compiler.graph import Fork, Graph, Map, Node, Write, walk
+from anabranch.compiler.lower import lower
+from anabranch.compiler.scheduler import Machine
+from anabranch.compiler.simplify import drop_dead_arms, drop_unreached, fold_constants, merge_arms
+from anabranch.compiler.sizes import ByteSizes, Sizes, measure
+from anabranch.compiler.verify_graph import verify_graph
+from anabranch.dsl.ast import Program
+from anabranch.dsl.check import Target, check
+from anabranch.dsl.diagnostics import Diagnostic, PlanError
+
+PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    fold_constants,
+    drop_dead_arms,
+    drop_unreached,
+    merge_arms,
+)
+
+
+class Host(Protocol):
+    """Where a plan is to run: its machine, and how it makes tokens of text. An engine is one."""
+
+    @property
+    def machine(self) -> Machine: ...
+    @property
+    def sizes(self) -> Sizes: ...
+    @property
+    def max_context(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A plan that compiled.
+
+    program, graph: what it was, and what it became
+    warnings: of the checker, in order of the text; skipped: what could not be checked, and why
+    reads_logprobs: some join chooses by log-probability, so they are wanted of every token
+    """
+
+    program: Program
+    graph: Graph
+    warnings: tuple[Diagnostic, ...] = ()
+    skipped: tuple[str, ...] = ()
+    reads_logprobs: bool = False
+
+    def bounds(self, host: Host, inputs: Mapping[str, Any]) -> Bounds:
+        """The bounds of a run on `inputs`. Raises PlanError as `check_inputs` and `check_bounds` do."""
+        self.check_inputs(inputs)
+        return self.check_bounds(self.bounds_on(host.machine, host.sizes, inputs), host.machine, host.max_context)
+
+    def bounds_on(
+        self, machine: Machine, sizes: Sizes | None = None, inputs: Mapping[str, Any] | None = None
+    ) -> Bounds:
+        """The bounds on a machine.
+
+        sizes: how text becomes tokens; bytes are counted when None
+        inputs: parameters that are known; the others count as what they state
+        """
+        counted = ByteSizes() if sizes is None else sizes
+        measured = measure(self.graph, counted, inputs)
+        return Bounds(self.graph, measured, machine, start=counted.start)
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raises PlanError: missing-input, unknown-input."""
+        plan = self.graph.plans[self.graph.main]
+        found: list[Diagnostic] = []
+        for name in plan.params:
+            if name not in inputs:
+                found.append(
+                    Diagnostic(
+                        "missing-input",
+                        f"`{plan.name}` needs `{name}`, and it was not given",
+                        plan.span,
+                        help=f"give it: `--input {name}=...`",
+                    )
+                )
+        for name in inputs:
+            if name not in plan.params:
+                takes = ", ".join(f"`{param}`" for param in plan.params) or "none"
+                found.append(
+                    Diagnostic(
+                        "unknown-input", f"`{plan.name}` has no parameter `{name}`", None, help=f"it takes {takes}"
+                    )
+                )
+        if found:
+            raise PlanError(found, self.program.source)
+
+    def check_bounds(self, bounds: Bounds, machine: Machine, max_context: int | None = None) -> Bounds:
+        """Returns `bounds`. Raises PlanError: prompt-too-long, context-too-long, pool-too-small."""
+        past = None if max_context is None else bounds.first_past(max_context)
+        if past is not None:
+            raise PlanError(_too_long(past, bounds, max_context or 0), self.program.source)
+        if bounds.pages_depth_first > machine.pages:
+            plan = self.graph.plans[self.graph.main]
+            raise PlanError(
+                Diagnostic(
+                    "pool-too-small",
+                    f"the plan needs {bounds.pages_depth_first} pages even when its branches run one after another, "
+                    f"and the pool has {machine.pages}",
+                    plan.span,
+                    help=f"give it at least {bounds.pages_depth_first} pages, or lower `max`",
+                ),
+                self.program.source,
+            )
+        return bounds
+
+
+def compile_plan(
+    program: Program,
+    name: str | None = None,
+    *,
+    functions: Collection[str] = (),
+    target: Target | None = None,
+    start_token: bool | None = None,
+) -> Compiled:
+    """Compile plan `name` of `program` (the last when None).
+
+    functions: names of the host's functions
+    target: what the place where it runs can do
+    start_token: whether an empty view begins with a token there; None where no model is known
+    Raises PlanError for what is wrong with the program, and KeyError if it has no such plan.
+    """
+    checked = check(program, functions=functions, target=target, start_token=start_token)
+    graph = verify_graph(lower(checked, name), stage="lower")
+    for run in PASSES:
+        graph = verify_graph(run(graph), stage=run.__name__)
+    return Compiled(program, graph, checked.warnings, checked.skipped, _reads_logprobs(graph))
+
+
+def _reads_logprobs(graph: Graph) -> bool:
+    for plan in graph.plans.values():
+        for region, place in walk(plan.region):
+            node = region.nodes[place]
+            if isinstance(node, Fork | Map) and node.join.kind == "best" and node.join.key == "logprob":
+                return True
+    return False
+
+
+def _too_long(node: Node, bounds: Bounds, max_context: int) -> Diagnostic:
+    known = bounds.feed(node).rows
+    if isinstance(node, Write) and known > max_context:
+        return Diagnostic(
+            "prompt-too-long",
+            f"this text may take {known} tokens, and the model's context has {max_context}",
+            node.span,
+            help="shorten it, state a smaller bound for what it interpolates, or take a model with a longer context",
+        )
+    return Diagnostic(
+        "prompt-too-long" if isinstance(node, Write) else "context-too-long",
+        f"the context may reach {bounds.largest_position} tokens, and the model's has {max_context}",
+        node.span,
+        "it may end here first",
+        help="lower `max`, drop branches instead of stitching them, or take a model with a longer context",
+    )
