@@ -25,6 +25,7 @@ from anabranch.runtime.events import (
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.text import Text
 
 REFRESH_S: Final = 0.1
 """Between two drawings of the tree. A terminal over a network keeps up, and a step's own work is 50 ms or more."""

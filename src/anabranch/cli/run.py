@@ -20,7 +20,7 @@ from anabranch.cli.sources import chosen_plan, host_functions, read_program
 from anabranch.cli.text import printable, write_json
 from anabranch.dsl.values import render
 from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult
-from anabranch.runtime.events import Event
+from anabranch.runtime.events import BranchStarted, Event
 from anabranch.runtime.models import load
 
 
@@ -99,7 +99,9 @@ def run_file(file: str, settings: Settings) -> None:
 
 
 def as_json(result: RunResult) -> dict[str, Any]:
-    """A run as the JSON object that `--json` prints."""
+    """A run as the JSON object that `--json` prints; branches in the order they began."""
+    began = (event.path for event in result.events if isinstance(event, BranchStarted))
+    place = {"/".join(path): index for index, path in enumerate(began)}
     return {
         "value": result.value,
         "status": result.status,
@@ -114,7 +116,7 @@ def as_json(result: RunResult) -> dict[str, Any]:
                 "tokens": branch.tokens,
                 "value": branch.value,
             }
-            for branch in result.branches
+            for branch in sorted(result.branches, key=lambda branch: place[branch.path])
         ],
         "counts": dict(result.counts),
     }
