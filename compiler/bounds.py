@@ -353,9 +353,9 @@ class Bounds:
         self.graph = graph
         self.measured = measured
         self.machine = machine
-        self._plans: dict[str, _Plan] = {}
+        self._plans: dict[str, PlanBounds] = {}
         for name in callees_first(graph):
-            self._plans[name] = _Plan(graph.plans[name], measured.plans[name], self._plans, machine, start)
+            self._plans[name] = PlanBounds(graph.plans[name], measured.plans[name], self._plans, machine, start)
         self._where = {key: plan for plan in self._plans.values() for key in plan.index.owners}
         main = self._plans[graph.main]
         self.cost = main.thread(0)
@@ -460,7 +460,11 @@ class Bounds:
             return None
         return self._plans[self.graph.main].first_past(context)
 
-    def _plan(self, part: Node | Region) -> _Plan:
+    def plan_bounds(self, name: str) -> PlanBounds:
+        """The figures of one plan of the graph. Raises KeyError."""
+        return self._plans[name]
+
+    def _plan(self, part: Node | Region) -> PlanBounds:
         found = self._where.get(id(part))
         if found is None:
             raise ValueError("this is no part of the graph that was bounded")
@@ -487,12 +491,14 @@ class _Index:
     owners: by identity of a node or region, the region that holds the node, or the node that holds the region (None:
         it is the plan's own)
     place: by identity of a node, its place in its region
+    makers: by a context, the node that makes it
     calls_itself: identities of the nodes and regions with a call of the plan itself inside
     """
 
     def __init__(self, plan: PlanGraph) -> None:
         self.owners: dict[int, Node | Region | None] = {id(plan.region): None}
         self.place: dict[int, int] = {}
+        self.makers: dict[Ctx, Node] = {}
         self.calls_itself: set[int] = set()
         stack = [plan.region]
         while stack:
@@ -500,6 +506,8 @@ class _Index:
             for place, node in enumerate(region.nodes):
                 self.owners[id(node)] = region
                 self.place[id(node)] = place
+                if not isinstance(node, _CONTEXTLESS):
+                    self.makers[node.dst] = node
                 for inner in regions(node):
                     self.owners[id(inner)] = node
                     stack.append(inner)
@@ -527,10 +535,12 @@ class _Costed:
     threads: dict[Ctx, Cost]
 
 
-class _Plan:
+class PlanBounds:
     """One plan's figures at each depth of its calls of itself."""
 
-    def __init__(self, plan: PlanGraph, fed: Fed, plans: Mapping[str, _Plan], machine: Machine, start: int) -> None:
+    def __init__(
+        self, plan: PlanGraph, fed: Fed, plans: Mapping[str, PlanBounds], machine: Machine, start: int
+    ) -> None:
         self.plan = plan
         self.fed = fed
         self.plans = plans
@@ -546,6 +556,10 @@ class _Plan:
             self._decoded(plan.region, depth)
             self._thread(plan.region, depth, plan.limits.budget)
 
+    def node_at(self, ctx: Ctx) -> Node | None:
+        """The node that makes context `ctx`, if one does."""
+        return self.index.makers.get(ctx)
+
     def thread(self, depth: int) -> Cost:
         """The plan's own thread."""
         return self._costs[self._at(self.plan.region, depth)].threads[self.plan.region.entry]
@@ -559,6 +573,11 @@ class _Plan:
         size = self.machine.page_size
         kept = cost.profile.total(size) if stitch else 0
         return Child(Need(cost.profile.highest(size), kept), cost.path + tail)
+
+    def pages_a_round(self, loop: Loop, depth: int) -> int:
+        """Pages that each further round of a loop with a control point in it adds for good."""
+        profile = self._stretch(loop.region, depth, None).profile
+        return profile.mid + pages_of(profile.tail + profile.head, self.machine.page_size) if profile.sealed else 0
 
     def cost_of(self, node: Node, depth: int) -> Cost:
         return NO_COST if isinstance(node, _CONTEXTLESS) else self._costs[self._at(node, depth)].nodes[node.dst]
@@ -659,7 +678,7 @@ class _Plan:
         one = self._decoded(arm.region, depth) * (1 + max(arm.limits.retry, limits.retry))
         return _least(one, arm.limits.budget)
 
-    def _callee(self, node: Call, depth: int) -> tuple[_Plan, int] | None:
+    def _callee(self, node: Call, depth: int) -> tuple[PlanBounds, int] | None:
         """The plan that is called, and its depth; None where a call would be too deep, and fails."""
         if node.plan != self.plan.name:
             return self.plans[node.plan], 0

@@ -1,0 +1,1 @@
+"""The command line: `anabranch check | fmt | show | explain | run | model`."""

@@ -1,0 +1,193 @@
+"""The commands and their options. A command's own module, and all it needs, is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+import anabranch
+from anabranch.cli.errors import reporting
+
+
+class Stage(str, Enum):
+    """What `show` prints."""
+
+    AST = "ast"
+    GRAPH = "graph"
+    SCHEDULE = "schedule"
+
+
+class Dtype(str, Enum):
+    """What a model computes in."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+class Template(str, Enum):
+    """Which chat template stands around the turns."""
+
+    RAW = "raw"
+
+
+app = typer.Typer(
+    name="anabranch",
+    help="Fork / map / join reasoning plans over one shared KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(help="Models.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(model_app, name="model")
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="A plan file.")]
+Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Plan files.")]
+Plan = Annotated[str | None, typer.Option("--plan", metavar="NAME", help="The plan of the file; the last by default.")]
+Functions = Annotated[
+    str | None,
+    typer.Option("--functions", metavar="MODULE", help="Python module or .py file whose functions the plan may call."),
+]
+Model = Annotated[
+    str, typer.Option("--model", metavar="MODEL", help="smollm2, random, a folder, a .gguf file, or ORG/NAME.")
+]
+MaybeModel = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="Check against this model too: its context and tokens.")
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="K=V", help="An input; K=@FILE reads a file. May be given again for another."),
+]
+Lanes = Annotated[int, typer.Option("--lanes", min=1, max=4096, help="Branches that decode at once.")]
+Pages = Annotated[int | None, typer.Option("--pages", min=1, max=1 << 24, help="KV pages; what 2 GiB hold by default.")]
+PageSize = Annotated[int, typer.Option("--page-size", min=1, max=1024, help="Token slots in a page.")]
+Chunk = Annotated[int, typer.Option("--chunk", min=1, max=65536, help="Most tokens prefilled in one step.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"anabranch {anabranch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(file: Files, plan: Plan = None, model: MaybeModel = None, functions: Functions = None) -> None:
+    """Find what is wrong with plans, without running them."""
+    with reporting():
+        from anabranch.cli.check import check_files
+
+        check_files(file, plan, model, functions)
+
+
+@app.command()
+def fmt(
+    file: Files,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 if a file would change.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Write nothing; show what would change.")] = False,
+) -> None:
+    """Rewrite plans in canonical form, comments kept."""
+    with reporting():
+        from anabranch.cli.fmt import format_files
+
+        format_files(file, only_check=check, diff=diff)
+
+
+@app.command()
+def show(
+    file: File,
+    stage: Annotated[Stage, typer.Option("--stage", help="Which form of the plan.")] = Stage.GRAPH,
+    plan: Plan = None,
+    functions: Functions = None,
+) -> None:
+    """Print a plan's syntax, graph or schedule."""
+    with reporting():
+        from anabranch.cli.show import show_stage
+
+        show_stage(file, stage.value, plan, functions)
+
+
+@app.command()
+def run(
+    file: File,
+    plan: Plan = None,
+    input: Input = None,
+    inputs: Annotated[
+        str | None, typer.Option("--inputs", metavar="FILE", help="JSON Lines: one run for each line, in one batch.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the noise that tokens are drawn with.")] = 0,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Joins close by tokens decoded, not by time; no deadlines.")
+    ] = False,
+    lanes: Lanes = 64,
+    pages: Pages = None,
+    page_size: PageSize = 16,
+    chunk: Chunk = 512,
+    model: Model = "smollm2",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What to compute in.")] = Dtype.FLOAT32,
+    template: Annotated[
+        Template | None, typer.Option("--template", help="raw: no chat template. The model's own by default.")
+    ] = None,
+    functions: Functions = None,
+    json: Json = False,
+) -> None:
+    """Run a plan, showing its branches while they decode."""
+    with reporting():
+        from anabranch.cli.run import Settings, run_file
+
+        settings = Settings(
+            plan=plan,
+            inputs=tuple(input or ()),
+            inputs_file=inputs,
+            seed=seed,
+            deterministic=deterministic,
+            lanes=lanes,
+            pages=pages,
+            page_size=page_size,
+            chunk=chunk,
+            model=model,
+            dtype=dtype.value,
+            template=template.value if template else None,
+            functions=functions,
+            as_json=json,
+        )
+        run_file(file, settings)
+
+
+@model_app.callback()
+def _model() -> None:
+    # A callback makes `get` a command of its own, where typer would fold a lone command into its group.
+    pass
+
+
+@model_app.command("get")
+def model_get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model: smollm2.")],
+) -> None:
+    """Fetch a model that has a name here, and convert it once."""
+    with reporting():
+        from anabranch.cli.model import get
+
+        get(name)
+
+
+def main() -> None:
+    """Run the command line; ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        # Text of any script must reach a terminal of any encoding.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()

@@ -1,0 +1,176 @@
+"""`anabranch run`: run a plan on one input or many, and show it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import typer
+
+from anabranch.cli.errors import FAILED
+from anabranch.cli.inputs import read_inputs
+from anabranch.cli.live import Lines, LiveTree, Silent, View
+from anabranch.cli.sources import chosen_plan, host_functions, read_program
+from anabranch.cli.text import printable, write_json
+from anabranch.dsl.values import render
+from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult
+from anabranch.runtime.events import BranchStarted, Event
+from anabranch.runtime.models import load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The options of `run`, as they were given."""
+
+    plan: str | None
+    inputs: tuple[str, ...]
+    inputs_file: str | None
+    seed: int
+    deterministic: bool
+    lanes: int
+    pages: int | None
+    page_size: int
+    chunk: int
+    model: str
+    dtype: str
+    template: str | None
+    functions: str | None
+    as_json: bool
+
+
+def run_file(file: str, settings: Settings) -> None:
+    """Run a plan of `file` and print what it came to.
+
+    Raises typer.Exit with code 1 unless every run ended ok, and PlanError if the plan, its inputs or the model are wrong.
+    """
+    program = read_program(file)
+    plan = chosen_plan(program, settings.plan)
+    functions = host_functions(settings.functions)
+    given = read_inputs(plan, settings.inputs, settings.inputs_file)
+    model = load(settings.model, dtype=getattr(torch, settings.dtype), template=settings.template)
+    engine = Engine(
+        model,
+        EngineConfig(
+            lanes=settings.lanes,
+            pages=settings.pages,
+            page_size=settings.page_size,
+            chunk=settings.chunk,
+            deterministic=settings.deterministic,
+        ),
+    )
+    compiled = engine.compile(program, plan.name, tuple(functions))
+    for warning in compiled.warnings:
+        typer.echo(printable(warning.render(program.source)), err=True)
+    view = _view(settings.as_json, len(given))
+
+    def listener(run: Run, event: Event) -> None:
+        view.show(run.input_index, event)
+
+    with _stop_on_interrupt() as stopped:
+        runs = [
+            engine.submit(
+                compiled, values, seed=settings.seed, input_index=index, functions=functions, listener=listener
+            )
+            for index, values in enumerate(given)
+        ]
+        try:
+            while any(run.result is None for run in runs) and not stopped.is_set():
+                engine.step()
+            for run in runs:
+                engine.cancel(run)
+        finally:
+            view.close()
+    results = [run.result for run in runs if run.result is not None]
+    if settings.as_json:
+        documents = [as_json(result) for result in results]
+        write_json(documents if settings.inputs_file is not None else documents[0])
+    else:
+        _print(results)
+    if stopped.is_set():
+        typer.echo("interrupted: this is what was finished", err=True)
+    if stopped.is_set() or any(result.status != "ok" for result in results):
+        raise typer.Exit(FAILED)
+
+
+def as_json(result: RunResult) -> dict[str, Any]:
+    """A run as the JSON object that `--json` prints; branches in the order they began."""
+    began = (event.path for event in result.events if isinstance(event, BranchStarted))
+    place = {"/".join(path): index for index, path in enumerate(began)}
+    return {
+        "value": result.value,
+        "status": result.status,
+        "reason": result.reason,
+        "branches": [
+            {
+                "path": branch.path,
+                "label": branch.label,
+                "status": branch.status,
+                "text": branch.text,
+                "reason": branch.reason,
+                "tokens": branch.tokens,
+                "value": branch.value,
+            }
+            for branch in sorted(result.branches, key=lambda branch: place[branch.path])
+        ],
+        "counts": dict(result.counts),
+    }
+
+
+def _print(results: Sequence[RunResult]) -> None:
+    """Values on stdout, in the order of the inputs; how each run went on stderr."""
+    for index, result in enumerate(results):
+        lead = f"#{index} " if len(results) > 1 else ""
+        if result.status == "ok":
+            # A pipe gets the very text; a terminal must not obey what a model wrote.
+            text = render(result.value)
+            typer.echo(printable(text) if sys.stdout.isatty() else text.encode(errors="replace"))
+        else:
+            typer.echo(printable(f"{lead}error[run-{result.status}]: {result.reason}"), err=True)
+        typer.echo(lead + summary(result), err=True)
+
+
+def summary(result: RunResult) -> str:
+    """The counts of a run in one line."""
+    counts = result.counts
+    elapsed = counts["elapsed_s"]
+    speed = f" ({counts['tokens_decoded'] / elapsed:.1f} tokens/s)" if elapsed > 0 else ""
+    return (
+        f"{result.status}: {len(result.branches)} branches, {counts['tokens_decoded']} tokens decoded, "
+        f"{counts['critical_path_tokens']} on the critical path, {counts['tokens_prefilled']} prefilled, "
+        f"{counts['tokens_aliased']} aliased, {counts['tokens_reprefilled']} prefilled again, "
+        f"{counts['pages_peak']} pages, {elapsed:.1f} s{speed}"
+    )
+
+
+def _view(as_json: bool, num_inputs: int) -> View:
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        return LiveTree(Console(stderr=True))
+    return Silent() if as_json else Lines(num_inputs)
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, to be seen between two steps; a second one raises KeyboardInterrupt at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def on_interrupt(number: int, frame: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

