@@ -82,8 +82,8 @@ def write(folder: Path, text: str | bytes, name: str = "a.plan") -> str:
 
 
 def run_random(file: str, *args: str) -> Any:
-    """`run` on the random model."""
-    return cli("run", file, "--model", "random", *args)
+    """`run` on the random model, in a pool that takes no time to make."""
+    return cli("run", file, "--model", "random", "--pages", "2048", *args)
 
 
 def document(result: Any) -> Any:
@@ -451,7 +451,7 @@ long = plan() {
 def test_run_stops_cleanly_on_an_interrupt(tmp_path: Path, as_json: bool) -> None:
     """Ctrl-C ends the run with what was finished: exit 1, one JSON object, no traceback."""
     functions = write(tmp_path, "import sys\ndef started(x):\n    print('started', file=sys.stderr, flush=True)\n    return x\n", "f.py")
-    args = ["run", write(tmp_path, LONG), "--model", "random", "--functions", functions]
+    args = ["run", write(tmp_path, LONG), "--model", "random", "--pages", "2048", "--functions", functions]
     process = child(*args, *(["--json"] if as_json else []))
     assert process.stderr is not None
     for line in process.stderr:
