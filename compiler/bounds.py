@@ -491,12 +491,14 @@ class _Index:
     owners: by identity of a node or region, the region that holds the node, or the node that holds the region (None:
         it is the plan's own)
     place: by identity of a node, its place in its region
+    makers: by a context, the node that makes it
     calls_itself: identities of the nodes and regions with a call of the plan itself inside
     """
 
     def __init__(self, plan: PlanGraph) -> None:
         self.owners: dict[int, Node | Region | None] = {id(plan.region): None}
         self.place: dict[int, int] = {}
+        self.makers: dict[Ctx, Node] = {}
         self.calls_itself: set[int] = set()
         stack = [plan.region]
         while stack:
@@ -504,6 +506,8 @@ class _Index:
             for place, node in enumerate(region.nodes):
                 self.owners[id(node)] = region
                 self.place[id(node)] = place
+                if not isinstance(node, _CONTEXTLESS):
+                    self.makers[node.dst] = node
                 for inner in regions(node):
                     self.owners[id(inner)] = node
                     stack.append(inner)
@@ -551,6 +555,10 @@ class PlanBounds:
         for depth in range(self.deepest, -1, -1):
             self._decoded(plan.region, depth)
             self._thread(plan.region, depth, plan.limits.budget)
+
+    def node_at(self, ctx: Ctx) -> Node | None:
+        """The node that makes context `ctx`, if one does."""
+        return self.index.makers.get(ctx)
 
     def thread(self, depth: int) -> Cost:
         """The plan's own thread."""

@@ -179,6 +179,11 @@ class _Recorder:
     def leave_lane(self, lane: int) -> None:
         heappush(self._free_lanes, lane)
 
+    def take_lanes(self, lanes: Sequence[int]) -> None:
+        """Take these, which are free."""
+        taken = set(lanes)
+        self._free_lanes = sorted(lane for lane in self._free_lanes if lane not in taken)
+
     def hold(self, run: _Run, pages: int) -> None:
         """`run` holds `pages` more."""
         run.pages += pages
@@ -217,11 +222,9 @@ class _Recorder:
     def walk_thread(self, run: _Run, region: Region) -> _Walk:
         """Walk a thread from its start to its end."""
         rows = run.plan.fed.starts[region.entry].rows if region.entry in run.plan.fed.starts else 0
-        return self._walk(
-            run, region, rows, stitched=run.fork is not None and run.fork.request.join.context == "stitch"
-        )
+        return self._walk(run, region, rows)
 
-    def _walk(self, run: _Run, region: Region, rows: int = 0, *, stitched: bool = False) -> _Walk:
+    def _walk(self, run: _Run, region: Region, rows: int = 0) -> _Walk:
         """Walk a region; `rows` known tokens wait to be fed before it. Returns whether the thread ends in it."""
         plan, depth = run.plan, run.depth
         name = plan.plan.name
@@ -264,7 +267,7 @@ class _Recorder:
                 case Let() | Need():
                     pass
                 case Return():
-                    if rows and stitched:
+                    if rows:
                         yield _Work(rows, 0, tuple(nodes))
                         run.unfed = False
                     return True
@@ -279,7 +282,7 @@ class _Recorder:
 
     def walk_part(self, run: _Run, region: Region) -> _Walk:
         """Walk the body of a loop, or an arm."""
-        return self._walk(run, region, stitched=True)
+        return self._walk(run, region)
 
     def _spawns(self, plan: PlanBounds, node: Fork | Map | Call | Reduce, depth: int) -> Generator[_Spawn, None, None]:
         """The forks that a node is: one, or one for each level of a reduce."""
@@ -444,8 +447,9 @@ class _Clock:
         assert thread is not None
         del self._runs[thread]
         if thread.group is None:
-            # The plan's own thread, or one of a group, which goes on outside with its lane and its pages.
+            # The plan's own thread, or one of a group, which goes on outside with its pages.
             self.scheduler.end(thread)
+            self._leave_lane(run)
             run.returned = returned
             return
         assert group is not None and group.scheduled is not None and group.parent.thread is not None
@@ -510,7 +514,6 @@ class _Clock:
 
     def _inside(self, group: Sequence[_Run], region: Region | None) -> list[Step]:
         """Record `region` for the threads of `group` while the others wait."""
-        self._free_ended()
         if region is None:
             return []
         scheduler, machine = self.scheduler, self.scheduler.machine
@@ -523,20 +526,24 @@ class _Clock:
             chunk=machine.chunk,
         )
         clock = _Clock(self.recorder, inner)
-        outer = [run.walk for run in group]
+        outer = [(run.walk, run.thread, run.lane) for run in group]
         for run, thread in zip(group, threads, strict=True):
             run.first_seal = None
             run.walk = self.recorder.walk_part(run, region)
             clock.open(run, Child(thread.need, thread.path_tokens))
         clock.go()
         clock._free_ended()
-        for run, thread, walk in zip(group, threads, outer, strict=True):
-            run.walk, run.thread = walk, thread
+        # Whatever lanes they had inside, they go on in those they came with.
+        for run, (walk, own, lane) in zip(group, outer, strict=True):
+            run.walk, run.thread, run.lane = walk, own, lane
+        self.recorder.take_lanes([lane for _, _, lane in outer if lane is not None])
         return clock.steps
 
     def _loop(self, node: Loop, group: list[_Run]) -> None:
+        self._free_ended()
         recorder, page_size, more = self.recorder, self.recorder.page_size, node.rounds - 1
         before = [(run.segment, run.length, len(run.own), run.pages) for run in group]
+        sealed = [run.first_seal for run in group]
         later = [more * run.plan.pages_a_round(node, run.depth) for run in group]
         highest, recorder.pages_peak = recorder.pages_peak, recorder.pages
         for run, pages in zip(group, later, strict=True):
@@ -558,14 +565,16 @@ class _Clock:
             inner_peak += again * more
             moved.append(Moved(run.number, run.segment, runs(run.own[owned + 1 :])))
         recorder.pages_peak = max(highest, inner_peak, recorder.pages)
+        _keep_first_seal(group, sealed)
         ref = (group[0].plan.plan.name, node.dst)
         self.steps.append(Repeat(ref, node.rounds, tuple(steps), tuple(moved)))
         for run in group:
             self._on(run, run.returned)
 
     def _cond(self, node: Cond, group: list[_Run]) -> None:
+        self._free_ended()
         recorder = self.recorder
-        before = [_Before(run) for run in group]
+        before, sealed = [_Before(run) for run in group], [run.first_seal for run in group]
         arms: list[tuple[Step, ...]] = []
         ends: list[list[_After]] = []
         pages = recorder.pages
@@ -579,6 +588,7 @@ class _Clock:
             was.put_back()
         recorder.pages = pages
         merged = [self._merge(was, [end[place] for end in ends]) for place, was in enumerate(before)]
+        _keep_first_seal(group, sealed)
         ref = (group[0].plan.plan.name, node.dst)
         moved = tuple(tuple(after.moved for after in end) for end in ends)
         self.steps.append(Choose(ref, tuple(arms), moved, tuple(merged)))
@@ -649,6 +659,13 @@ class _After:
     tail: int
     unfed: bool
     returned: bool
+
+
+def _keep_first_seal(group: Sequence[_Run], sealed: Sequence[int | None]) -> None:
+    """A stretch around this one measures from its own start."""
+    for run, length in zip(group, sealed, strict=True):
+        if length is not None:
+            run.first_seal = length
 
 
 def _winners(group: _Group) -> list[_Run]:

@@ -14,7 +14,7 @@
 Threads, segments and lanes are numbered from 0 in order of use; thread 0 is the plan's own, in lane 0, and writes
 segment 0. What comes in consecutive numbers is one run, so equal branches take one line. A `Prefill`, `Decode` or
 `Flush` is one call of the model (a `Decode` as many as `at_most`), but for one that is `beside` the step before it: the
-two are the same call.
+two are the same call. After a `Repeat` or a `Choose` its threads are in the lanes that they had before it.
 """
 
 from __future__ import annotations
