@@ -207,4 +207,5 @@ def _reason(message: str) -> str:
     for line in lines:
         if line.startswith("error: "):
             return line.removeprefix("error: ")
-    return (lines[0] if lines else "unknown")[:200]
+    reason = (lines[0] if lines else "unknown").rpartition(" (in regex): ")[2]
+    return reason.partition("; ")[0][:200]

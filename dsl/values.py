@@ -127,7 +127,7 @@ def render(value: Value) -> str:
     """
     pieces: list[str] = []
     length = 0
-    for piece in _pieces(value, 0):
+    for piece in _pieces(value):
         length += len(piece)
         if length > MAX_TEXT:
             raise EvaluationError(f"a text is longer than {MAX_TEXT} characters")
@@ -362,33 +362,38 @@ def _matches(expr: Apply, text: str, pattern: str) -> bool:
         raise EvaluationError("the pattern is too complex for this text", expr.span) from None
 
 
-def _pieces(value: Value, depth: int) -> Iterator[str]:
-    match value:
-        case str():
-            yield value
-        case bool():
-            yield "true" if value else "false"
-        case int():
-            if not -_INT_LIMIT < value < _INT_LIMIT:
-                raise EvaluationError(f"a number has more than {MAX_DIGITS} digits")
-            yield str(value)
-        case float():
-            yield repr(value)
-        case None:
-            yield "null"
-        case list() | dict() if depth >= MAX_NESTING:
-            raise EvaluationError(f"a value nests deeper than {MAX_NESTING}")
-        case list():
-            for i, item in enumerate(value):
-                if i:
-                    yield "\n"
-                yield from _pieces(item, depth + 1)
-        case dict():
-            for i, (name, item) in enumerate(value.items()):
-                yield f"\n{name}: " if i else f"{name}: "
-                yield from _pieces(item, depth + 1)
-        case _:
-            raise EvaluationError(f"{kind(value)} is no value of the language")
+def _pieces(value: Value) -> Iterator[str]:
+    """The text of `value`, piece by piece. Separators wait among the values, as they are text too."""
+    waiting: list[tuple[Value, int]] = [(value, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        match value:
+            case str():
+                yield value
+            case bool():
+                yield "true" if value else "false"
+            case int():
+                if not -_INT_LIMIT < value < _INT_LIMIT:
+                    raise EvaluationError(f"a number has more than {MAX_DIGITS} digits")
+                yield str(value)
+            case float():
+                yield repr(value)
+            case None:
+                yield "null"
+            case list() | dict() if depth >= MAX_NESTING:
+                raise EvaluationError(f"a value nests deeper than {MAX_NESTING}")
+            case list():
+                for i in range(len(value) - 1, -1, -1):
+                    waiting.append((value[i], depth + 1))
+                    if i:
+                        waiting.append(("\n", 0))
+            case dict():
+                names = list(value)
+                for i in range(len(names) - 1, -1, -1):
+                    waiting.append((value[names[i]], depth + 1))
+                    waiting.append((f"\n{names[i]}: " if i else f"{names[i]}: ", 0))
+            case _:
+                raise EvaluationError(f"{kind(value)} is no value of the language")
 
 
 def _checked(value: object, what: str, depth: int, left: list[int]) -> Value:

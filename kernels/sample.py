@@ -6,7 +6,7 @@
 The noise of a token is a pure function of (key, index, token id): Philox4x32-10 with counter
 (index, token id // 4, 0, 0), whose lane token id % 4 gives 32 bits x; u = max(x >> 8, 1) * 2^-24, and the noise is
 -log(-log(u)), each logarithm rounded to fp32. So a row's draw never depends on the rows beside it, and every sum that
-decides what is kept is made in an order fixed by the row alone.
+decides what is kept is made in an order fixed by the vocabulary's size.
 
 Tokens are ordered by (logit / T descending, id ascending). top-k keeps the first k of that order, top-p the shortest
 prefix of what top-k kept whose share of the probability is at least p, and min-p what has at least min_p times the
@@ -16,20 +16,27 @@ probability of the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Seen: TypeAlias = Sequence[Tensor | None]
 """For each row the token ids that a penalty applies to (int64, any order, repeats allowed), or None."""
+Floats: TypeAlias = NDArray[np.float32]
+Words: TypeAlias = NDArray[np.uint64]
+Ids: TypeAlias = NDArray[np.int64]
 
 MAX_NOISE = 16.6356  # above -log(-log(1 - 2^-24)) = 16.635532: no token's noise is larger
 COLDEST = 1e-5  # below it logit / T may leave fp32; differences of 2e-4 in a logit already decide, so it counts as 0
-_HEADS = (64, 1024, 16384)  # how many leading tokens to look at before all; benchmarks/sample.py
-_U32 = 0xFFFFFFFF
+_CHUNK = 16384  # counters at once: best of 2048 to 49152, 14 ns each; the buffers then stay in a 1 MB cache
+_GROUP = 128  # tokens whose largest logit is looked at as one when a first bound is sought
+_LEADERS = 8  # groups whose noise is computed for it; benchmarks/sample.py
+_DENSE = 16  # where more than one token in so many is a contender, the whole row's counters cost less than picking
+_LADDER = (4.0, 8.0, 12.0, 20.0)  # how far below the largest logit top-k and top-p look, before they sort everything
 
 
 class NothingAllowed(ValueError):
@@ -40,27 +47,50 @@ class NothingAllowed(ValueError):
         super().__init__(f"no token is allowed in rows {list(self.rows)}")
 
 
+# The noise.
+
+
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """Philox4x32 with 10 rounds.
 
     counter: [..., 4], int64 holding uint32
-    key: [..., 2], int64 holding uint32
+    key: [..., 2], int64 holding uint32, the same leading sizes
     Returns [..., 4], int64 holding uint32.
     Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
-    return torch.stack(_philox_rounds(c0, c1, c2, c3, k0, k1), -1)
+    if counter.shape[-1:] != (4,) or key.shape[-1:] != (2,) or counter.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"counter is {tuple(counter.shape)}, key is {tuple(key.shape)}")
+    c0, c1, c2, c3 = np.ascontiguousarray(counter.reshape(-1, 4).numpy().T).astype(np.uint64)
+    k0, k1 = np.ascontiguousarray(key.reshape(-1, 2).numpy().T).astype(np.uint64)
+    lanes = _rounds(c0, c1, c2, c3, k0, k1)
+    return torch.from_numpy(np.stack(lanes, axis=-1).astype(np.int64)).reshape(counter.shape)
 
 
-def _philox_rounds(
-    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _philox(c0: Words, c1: Words, k0: Words | np.uint64, k1: Words | np.uint64) -> tuple[Words, Words, Words, Words]:
+    """Ten rounds from the counter (c0, c1, 0, 0); uint32 held in uint64 [n], in which a product of two is exact."""
+    c2, c3 = np.zeros_like(c1), np.zeros_like(c1)
+    return _rounds(c0.copy(), c1.copy(), c2, c3, k0, k1)
+
+
+def _rounds(
+    c0: Words, c1: Words, c2: Words, c3: Words, k0: Words | np.uint64, k1: Words | np.uint64
+) -> tuple[Words, Words, Words, Words]:
+    """The counter's four words are overwritten."""
+    p0, p1 = np.empty_like(c0), np.empty_like(c0)
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     for _ in range(10):
-        # A product of two uint32 fills 64 bits: int64 wraps, but the bits are right; masking undoes the shift's sign.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _U32, p1 & _U32, ((p0 >> 32) ^ c3 ^ k1) & _U32, p0 & _U32
-        k0, k1 = (k0 + 0x9E3779B9) & _U32, (k1 + 0xBB67AE85) & _U32
+        np.multiply(c0, np.uint64(0xD2511F53), out=p0)
+        np.multiply(c2, np.uint64(0xCD9E8D57), out=p1)
+        np.right_shift(p1, half, out=c0)
+        c0 ^= c1
+        c0 ^= k0
+        np.right_shift(p0, half, out=c2)
+        c2 ^= c3
+        c2 ^= k1
+        np.bitwise_and(p1, low, out=c1)
+        np.bitwise_and(p0, low, out=c3)
+        k0 = (k0 + np.uint64(0x9E3779B9)) & low
+        k1 = (k1 + np.uint64(0xBB67AE85)) & low
     return c0, c1, c2, c3
 
 
@@ -69,16 +99,57 @@ def gumbel(bits: Tensor) -> Tensor:
 
     Each logarithm is taken in fp64 and rounded to fp32, so that it does not depend on the machine's vector width.
     """
-    u = (bits >> 8).clamp_(min=1).double().mul_(2.0**-24)
-    inner = u.log_().float()
-    return inner.neg_().double().log_().float().neg_()
+    return torch.from_numpy(_gumbel((bits.numpy() >> 8).astype(np.uint32)))
 
 
-def noise(keys: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
-    """The noise of `tokens` [n], int64, under `keys` [n, 2] and `index` [n], int64: fp32 [n]."""
-    zero = torch.zeros_like(tokens)
-    lanes = _philox_rounds(index, tokens >> 2, zero, zero, keys[:, 0], keys[:, 1])
-    return gumbel(torch.stack(lanes, -1).gather(-1, (tokens & 3).unsqueeze(-1)).squeeze(-1))
+def _gumbel(top24: NDArray[np.uint32]) -> Floats:
+    u = np.maximum(top24, 1).astype(np.float64) * 2.0**-24
+    inner = np.log(u).astype(np.float32)
+    return -np.log(-inner.astype(np.float64)).astype(np.float32)
+
+
+class _Streams:
+    """The random numbers of the rows of one draw. keys: uint64 [n, 2]; index: uint64 [n]."""
+
+    def __init__(self, keys: Words, index: Words, vocab: int) -> None:
+        self.keys = keys
+        self.index = index
+        self.blocks = (vocab + 3) // 4  # four tokens share a counter
+
+    def top24(self, rows: Ids, tokens: Ids) -> NDArray[np.uint32]:
+        """The 24 bits of each (row, token), uint32; pairs are ordered by row, then token."""
+        blocks = rows * self.blocks + (tokens >> 2)
+        first = np.ones(len(blocks), dtype=bool)
+        np.not_equal(blocks[1:], blocks[:-1], out=first[1:])
+        owner, numbers = np.divmod(blocks[first], self.blocks)
+        lanes = np.empty((len(owner), 4), dtype=np.uint32)
+        for low in range(0, len(owner), _CHUNK):
+            part = slice(low, low + _CHUNK)
+            keys = self.keys[owner[part]]
+            words = _philox(
+                self.index[owner[part]], numbers[part].astype(np.uint64), keys[:, 0].copy(), keys[:, 1].copy()
+            )
+            _store(words, lanes[part])
+        picked: NDArray[np.uint32] = lanes.reshape(-1)[(first.cumsum() - 1) * 4 + (tokens & 3)]
+        return picked
+
+    def whole(self, row: int) -> NDArray[np.uint32]:
+        """The 24 bits of every token of `row`, uint32 [vocab rounded up to 4]."""
+        out = np.empty((self.blocks, 4), dtype=np.uint32)
+        for low in range(0, self.blocks, _CHUNK):
+            numbers = np.arange(low, min(low + _CHUNK, self.blocks), dtype=np.uint64)
+            _store(_philox(np.full_like(numbers, self.index[row]), numbers, *self.keys[row]), out[low : low + _CHUNK])
+        return out.reshape(-1)
+
+
+def _store(words: Sequence[Words], out: NDArray[np.uint32]) -> None:
+    """The top 24 of 32 bits of the four `words` [n] to `out` [n, 4]."""
+    for lane, word in enumerate(words):
+        word >>= np.uint64(8)
+        out[:, lane] = word
+
+
+# What is allowed.
 
 
 def unpack_mask(mask: Tensor, vocab: int) -> Tensor:
@@ -145,178 +216,217 @@ def draw(
     mask: bool [n, vocab], or packed int32 [n, ceil(vocab/32)] (see `unpack_mask`); None allows all
     repetition_penalty, presence_penalty, seen, drawn: see `penalize`
     Returns int64 [n].
-    Raises NothingAllowed if a row's mask (or a row of -inf) leaves nothing, ValueError if logits hold NaN or +inf.
+    Raises NothingAllowed if a row's mask (or a row of -inf) leaves nothing; ValueError if logits hold NaN or +inf, or a
+    temperature is negative or not finite; TypeError for other logits than fp32.
     """
+    if logits.dtype != torch.float32:
+        raise TypeError(f"logits must be float32, not {logits.dtype}")
+    cold = temperature.numpy()
+    if not (np.isfinite(cold) & (cold >= 0)).all():
+        raise ValueError("a temperature must be a finite number of at least 0")
     n, vocab = logits.shape
     if n == 0:
         return torch.empty(0, dtype=torch.int64)
-    logits = penalize(
+    values = penalize(
         logits, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, seen=seen, drawn=drawn
-    )
-    if mask is not None:
-        logits = _masked(logits, mask)
-    top, ids = logits.max(-1)
-    if not bool(top.isfinite().all()):
+    ).numpy()
+    lines = _Lines(values, _allowed(logits.shape, mask), cold)
+    ids, top = lines.best()
+    if not np.isfinite(top).all():
         _refuse(top)
-    hot = (temperature >= COLDEST).nonzero().squeeze(-1)
-    if not len(hot):
-        return ids
-    every = len(hot) == n
-    z = (logits if every else logits[hot]) / (temperature if every else temperature[hot]).unsqueeze(-1)
-    keys, index = (keys, index) if every else (keys[hot], index[hot])
-    filtered = (top_k[hot] > 0) & (top_k[hot] < vocab) | (top_p[hot] < 1) | (min_p[hot] > 0)
-    picked = torch.empty(len(hot), dtype=torch.int64)
-    for rows, pick in ((~filtered, _pick_any), (filtered, _pick_filtered)):
-        chosen = rows.nonzero().squeeze(-1)
-        if len(chosen) == len(hot):
-            picked = pick(z, keys, index, top_k[hot], top_p[hot], min_p[hot])
-        elif len(chosen):
-            among = hot[chosen]
-            picked[chosen] = pick(z[chosen], keys[chosen], index[chosen], top_k[among], top_p[among], min_p[among])
-    if every:
-        return picked
-    return ids.index_copy(0, hot, picked)
+    streams = _Streams(keys.numpy().astype(np.uint64), index.numpy().astype(np.uint64), vocab)
+    k, p, m = top_k.numpy(), top_p.numpy(), min_p.numpy()
+    filtered = ((k > 0) & (k < vocab)) | (p < 1) | (m > 0)
+    hot = cold >= COLDEST
+    pools = _contenders(lines, (hot & ~filtered).nonzero()[0], streams)
+    for row in (hot & filtered).nonzero()[0].tolist():
+        line = lines[row]
+        tokens = kept_tokens(line, top_k=int(k[row]), top_p=float(p[row]), min_p=float(m[row]))
+        pools[row] = tokens, line[tokens]
+    if pools:
+        rows = sorted(pools)
+        ids[rows] = _winners(rows, [pools[row] for row in rows], streams)
+    return torch.from_numpy(ids)
 
 
-def _masked(logits: Tensor, mask: Tensor) -> Tensor:
-    n, vocab = logits.shape
-    if mask.dtype == torch.bool:
-        if mask.shape != logits.shape:
-            raise ValueError(f"mask is {tuple(mask.shape)}, logits are {tuple(logits.shape)}")
-        return logits.masked_fill(~mask, -math.inf)
-    if mask.dtype != torch.int32 or mask.shape != (n, (vocab + 31) // 32):
-        raise ValueError(f"a packed mask must be int32 [{n}, {(vocab + 31) // 32}]")
-    return logits.masked_fill(~unpack_mask(mask, vocab), -math.inf)
+class _Lines:
+    """The rows of logits with mask and temperature applied, one at a time, so that each stays in the cache."""
+
+    def __init__(self, values: Floats, allowed: Mapping[int, NDArray[np.bool_]], temperature: Floats) -> None:
+        self.values = values
+        self.allowed = allowed
+        self.temperature = temperature
+
+    def __getitem__(self, row: int) -> Floats:
+        line: Floats = self.values[row]
+        if row in self.allowed:
+            line = np.where(self.allowed[row], line, np.float32(-np.inf))
+        temperature = self.temperature[row]
+        return line if temperature == 1 or temperature < COLDEST else line / temperature
+
+    def best(self) -> tuple[Ids, Floats]:
+        """The likeliest allowed token of each row, the lowest id on ties, and its logit / T (at T = 0 its logit)."""
+        ids = self.values.argmax(-1)
+        top = self.values[np.arange(len(ids)), ids]
+        for row in self.allowed:
+            line = self[row]
+            ids[row] = line.argmax()
+            top[row] = line[ids[row]]
+        return ids, top
 
 
-def _refuse(top: Tensor) -> None:
-    if bool((top.isnan() | (top == math.inf)).any()):
-        raise ValueError(
-            f"logits of rows {(top.isnan() | (top == math.inf)).nonzero().squeeze(-1).tolist()} are not finite"
-        )
-    raise NothingAllowed((top == -math.inf).nonzero().squeeze(-1).tolist())
+def _allowed(shape: Sequence[int], mask: Tensor | None) -> dict[int, NDArray[np.bool_]]:
+    """bool [vocab] for each row that is not allowed everything."""
+    n, vocab = shape
+    if mask is None:
+        return {}
+    if mask.dtype == torch.int32:
+        if mask.shape != (n, (vocab + 31) // 32):
+            raise ValueError(f"a packed mask must be [{n}, {(vocab + 31) // 32}], not {tuple(mask.shape)}")
+        rows = (mask != -1).any(-1).nonzero().squeeze(-1)
+        return dict(zip(rows.tolist(), unpack_mask(mask[rows], vocab).numpy(), strict=True))
+    if mask.dtype != torch.bool or mask.shape != (n, vocab):
+        raise ValueError(f"a mask must be bool [{n}, {vocab}] or packed int32, not {mask.dtype} {tuple(mask.shape)}")
+    return dict(enumerate(mask.numpy()))
 
 
-def _pick_any(z: Tensor, keys: Tensor, index: Tensor, *_off: Tensor) -> Tensor:
-    """The draw from all tokens of each row of z = logit / T.
+def _refuse(top: Floats) -> None:
+    broken = np.isnan(top) | (top == np.inf)
+    if broken.any():
+        raise ValueError(f"the logits of rows {broken.nonzero()[0].tolist()} are not finite")
+    raise NothingAllowed((top == -np.inf).nonzero()[0].tolist())
 
-    The best score among the leading tokens bounds what can still win: a token whose z is more than `MAX_NOISE` below it
-    cannot, whatever its noise, so only the others' noise is computed.
+
+def _contenders(lines: _Lines, rows: Ids, streams: _Streams) -> dict[int, tuple[Ids, Floats]]:
+    """For each of `rows` the tokens that may have the highest z + noise, ascending, with their z = logit / T.
+
+    Some leading tokens' noise gives a score to beat; a token whose z is more than `MAX_NOISE` below it cannot win,
+    whatever its noise. Of the others the noise's bits are computed and compared with what they need to be, without a
+    logarithm: -log(-log(u)) >= best - z only if 1 - u <= exp(z - best), since 1 - u <= -log(u).
     """
-    n, vocab = z.shape
-    lead = min(_HEADS[0], vocab)
-    values, tokens = z.topk(lead, dim=-1, sorted=False)
-    rows = torch.arange(n).repeat_interleave(lead)
-    bits = noise(keys[rows], index[rows], tokens.flatten()).view(n, lead)
-    best = (values + bits).amax(-1)
-    # Rounding of z + noise is relative to its size, which a low temperature makes large.
-    floor = best - MAX_NOISE - (1e-3 + 1e-6 * best.abs())
-    rows, tokens = (z >= floor.unsqueeze(-1)).nonzero().unbind(-1)
-    return _win(z, keys, index, rows, tokens)
+    out: dict[int, tuple[Ids, Floats]] = {}
+    if not len(rows):
+        return out
+    best = _scores_to_beat(lines, rows, streams)
+    # The sum z + noise is rounded relative to its size, which a low temperature makes large.
+    best -= 1e-3 + 1e-6 * np.abs(best)
+    for row, beat in zip(rows.tolist(), best, strict=True):
+        line = lines[row]
+        tokens = np.flatnonzero(line >= beat - np.float32(MAX_NOISE))
+        if len(tokens) * _DENSE > len(line):
+            bits = streams.whole(row)[tokens]
+        else:
+            bits = streams.top24(np.full_like(tokens, row), tokens)
+        z = line[tokens]
+        missing = ((1 << 24) - bits).astype(np.float32)
+        may_win = missing <= np.exp(z - beat) * np.float32(1.0001 * 2**24) + np.float32(2)
+        out[row] = tokens[may_win], z[may_win]
+    return out
 
 
-def _win(z: Tensor, keys: Tensor, index: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-    """For each row of `z` the token with the highest z + noise among the (rows, tokens) pairs; each row has one."""
-    n, vocab = z.shape
-    scores = z[rows, tokens] + noise(keys[rows], index[rows], tokens)
-    best = torch.full((n,), -math.inf).scatter_reduce(0, rows, scores, "amax")
-    won = scores == best[rows]
-    return torch.full((n,), vocab).scatter_reduce(0, rows[won], tokens[won], "amin")
+def _scores_to_beat(lines: _Lines, rows: Ids, streams: _Streams) -> Floats:
+    """The highest z + noise among the tokens of the `_LEADERS` groups of highest z of each row; fp32 [rows]."""
+    leads = [_leaders(lines[row]) for row in rows.tolist()]
+    tokens = np.stack([lead for lead, _ in leads])
+    z = np.stack([values for _, values in leads])
+    noise = _gumbel(streams.top24(np.repeat(rows, tokens.shape[1]), tokens.reshape(-1)))
+    scores: Floats = (z + noise.reshape(z.shape)).max(axis=-1)
+    return scores
 
 
-def _pick_filtered(z: Tensor, keys: Tensor, index: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The draw from what top-k, top-p and min-p keep of each row of z = logit / T."""
-    least, spare = _cutoff(z, top_k, top_p, min_p)
-    rows, tokens = (z >= least.unsqueeze(-1)).nonzero().unbind(-1)
-    if bool((spare > 0).any()):
-        keep = _without_spare(z, rows, tokens, least, spare)
-        rows, tokens = rows[keep], tokens[keep]
-    return _win(z, keys, index, rows, tokens)
+def _leaders(line: Floats) -> tuple[Ids, Floats]:
+    """Some tokens, ascending, among them one of the highest z; and the z of each. As many for each line of a size."""
+    vocab = len(line)
+    groups = vocab // _GROUP
+    if groups <= _LEADERS:
+        return np.arange(vocab), line
+    highest = torch.from_numpy(line[: groups * _GROUP]).view(groups, _GROUP).amax(-1).numpy()
+    lead = np.sort(np.argpartition(highest, groups - _LEADERS)[-_LEADERS:])
+    # What the groups leave over always takes part: it may be all that a mask allows.
+    tokens = np.concatenate(
+        ((lead[:, None] * _GROUP + np.arange(_GROUP)).reshape(-1), np.arange(groups * _GROUP, vocab))
+    )
+    return tokens, line[tokens]
 
 
-def _without_spare(z: Tensor, rows: Tensor, tokens: Tensor, least: Tensor, spare: Tensor) -> Tensor:
-    """Which pairs stay when in each row the `spare` highest ids among those equal to `least` go."""
-    keep = torch.ones(len(rows), dtype=torch.bool)
-    for row in spare.nonzero().squeeze(-1).tolist():
-        tied = ((rows == row) & (z[rows, tokens] == least[row])).nonzero().squeeze(-1)
-        keep[tied[len(tied) - int(spare[row]) :]] = False
-    return keep
+def _winners(rows: Sequence[int], pools: Sequence[tuple[Ids, Floats]], streams: _Streams) -> Ids:
+    """For each row the token of its pool (ids ascending, with z; at least one) of highest z + noise."""
+    sizes = np.array([len(tokens) for tokens, _ in pools])
+    tokens = np.concatenate([tokens for tokens, _ in pools])
+    z = np.concatenate([values for _, values in pools])
+    scores = z + _gumbel(streams.top24(np.repeat(np.array(rows), sizes), tokens))
+    starts = sizes.cumsum() - sizes
+    best = np.repeat(np.maximum.reduceat(scores, starts), sizes)
+    # Ids ascend within a row, so its first winning place is its lowest id.
+    places = np.where(scores == best, np.arange(len(scores)), len(scores))
+    won: Ids = tokens[np.minimum.reduceat(places, starts)]
+    return won
 
 
-def _cutoff(z: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
-    """(least, spare) of each row: kept is what has z >= least, without the last `spare` of those equal to it."""
-    n, vocab = z.shape
-    top = z.amax(-1)
+def kept_tokens(z: Floats, *, top_k: int, top_p: float, min_p: float) -> Ids:
+    """The ids, ascending, that top-k, top-p and min-p keep of one row z = logit / T (fp32 [vocab])."""
+    top = z.max()
+    vocab = len(z)
+    count = min(top_k, vocab) if top_k > 0 else vocab
     # Compared as logits: log(min_p) is rounded once, and no exponential decides.
-    least = torch.where(min_p > 0, top + min_p.double().log().float(), torch.full((n,), -math.inf))
-    spare = torch.zeros(n, dtype=torch.int64)
-    nucleus = top_p < 1
-    limited = (top_k > 0) & (top_k < vocab)
-    todo = (nucleus | limited).nonzero().squeeze(-1)
-    for head in (*_HEADS, vocab):
-        if not len(todo):
+    least = top + np.float32(math.log(min(min_p, 1.0))) if min_p > 0 else np.float32(-np.inf)
+    if count == vocab and top_p >= 1:
+        return np.flatnonzero((z >= least) & (z > -np.inf))
+    whole = None if count < vocab else float(tree_sum(np.exp(z - top)))
+    for depth in _LADDER:
+        order = _leading(z, np.flatnonzero(z >= top - np.float32(depth)), count, top_p, whole)
+        if order is not None:
             break
-        head = min(head, vocab)
-        k = torch.where(limited[todo], top_k[todo], vocab)
-        found, edge, beyond = _prefix(z[todo], top[todo], k, top_p[todo], head)
-        done = todo[found]
-        # min-p may cut deeper than the prefix; then its own bound stands and nothing is spare.
-        deeper = edge[found] >= least[done]
-        spare[done] = torch.where(deeper, beyond[found], 0)
-        least[done] = torch.maximum(edge[found], least[done])
-        todo = todo[~found]
-    # A token of -inf is masked out, so it is never kept.
-    return least.clamp_(min=torch.finfo(torch.float32).min), spare
+    else:
+        every = np.flatnonzero(z > -np.inf)
+        order = _leading(z, every, min(count, len(every)), top_p, whole)
+        # The shares' own sum may round to less than top_p of the whole: then nothing is cut.
+        order = _ordered(z, every) if order is None else order
+    return np.sort(order[z[order] >= least])
 
 
-def _prefix(z: Tensor, top: Tensor, k: Tensor, top_p: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where top-k and then top-p end, looking at the first `head` tokens of each row's order.
+def _ordered(z: Floats, tokens: Ids) -> Ids:
+    """`tokens`, which ascend, by z descending, then id."""
+    return tokens[np.argsort(-z[tokens], kind="stable")]
 
-    Returns found (bool [n]: it is inside), edge (fp32 [n]: z of the last token kept), and beyond (int64 [n]: how many
-    tokens equal to the edge are not kept).
+
+def _leading(z: Floats, tokens: Ids, count: int, top_p: float, whole: float | None) -> Ids | None:
+    """The tokens that the first `count` and then `top_p` keep, if they are all among `tokens`, the highest; else None.
+
+    whole: what the probabilities sum to, as multiples of the first; None for that of the first `count`
     """
-    n, vocab = z.shape
-    values = z.topk(head, dim=-1).values
-    shares = (values - top.unsqueeze(-1)).exp().double().cumsum(-1)
-    inside = (k <= head).nonzero().squeeze(-1)
-    nucleus = (top_p < 1).nonzero().squeeze(-1)
-    whole = torch.ones(n, dtype=torch.float64)
-    if len(nucleus):
-        open_ = nucleus[k[nucleus] >= vocab]
-        if len(open_):
-            whole[open_] = tree_sum((z[open_] - top[open_].unsqueeze(-1)).exp_()).double()
-    if len(inside):
-        whole[inside] = shares[inside].gather(-1, (k[inside] - 1).unsqueeze(-1)).squeeze(-1)
-    reached = shares >= (top_p.double() * whole).unsqueeze(-1)
-    by_p = torch.where(reached.any(-1), reached.to(torch.uint8).argmax(-1) + 1, vocab)
-    kept = torch.minimum(k, torch.where(top_p < 1, by_p, vocab))
-    found = (kept <= head) & ((k <= head) | (k >= vocab))
-    if head == vocab:
-        found, kept = torch.ones_like(found), kept.clamp(max=vocab)
-    edge = values.gather(-1, (kept.clamp(max=head) - 1).unsqueeze(-1)).squeeze(-1)
-    beyond = torch.where(found, (z >= edge.unsqueeze(-1)).sum(-1) - kept, 0)
-    return found, edge, beyond
+    if whole is None and len(tokens) < count:
+        return None
+    order = _ordered(z, tokens)[:count]
+    if top_p >= 1:
+        return order
+    shares = np.exp(z[order] - z[order[0]]).astype(np.float64).cumsum()
+    reached = shares >= top_p * (shares[-1] if whole is None else whole)
+    return order[: int(reached.argmax()) + 1] if reached[-1] else None
 
 
-def tree_sum(x: Tensor) -> Tensor:
-    """Sum over the last axis of [n, m] by halving: the order of the additions depends on m alone. Same dtype, [n]."""
-    size = 1 << max(0, x.shape[-1] - 1).bit_length()
-    half = size // 2
-    if half == 0:
-        return x.squeeze(-1)
-    rest = x.shape[-1] - half
-    out = x[:, :half].clone()
-    out[:, :rest] += x[:, half:]
-    while out.shape[-1] > 1:
-        half = out.shape[-1] // 2
-        out = out[:, :half] + out[:, half:]
-    return out.squeeze(-1)
+def tree_sum(x: Floats) -> np.float32:
+    """Sum of [m] by halving: the order of the additions depends on m alone."""
+    while len(x) > 1:
+        half = (len(x) + 1) // 2
+        rest = len(x) - half
+        out = x[:half].copy()
+        out[:rest] += x[half:]
+        x = out
+    total: np.float32 = x[0]
+    return total
+
+
+# Log-probabilities.
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
-    """log(sum(exp(logits))) over the last axis of [n, vocab], [n] of the same dtype, natural log, in an order fixed by vocab."""
-    top = logits.amax(-1)
-    return top + tree_sum((logits - top.unsqueeze(-1)).exp_()).double().log_().to(logits.dtype)
+    """log(sum(exp(logits))) over the last axis of [n, vocab]: [n] of the same dtype, natural log, each row by itself."""
+    values = logits.numpy()
+    top = values.max(axis=-1)
+    # A row at a time stays in the cache.
+    total = np.array([tree_sum(np.exp(line - high)) for line, high in zip(values, top, strict=True)], dtype=np.float64)
+    return torch.from_numpy(top + np.log(total).astype(values.dtype))
 
 
 def logprob(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -334,10 +444,11 @@ def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     if not 0 < count <= logits.shape[-1]:
         raise ValueError(f"count must be from 1 to {logits.shape[-1]}, not {count}")
-    edge = logits.topk(count, dim=-1).values[:, -1:]
-    ids = torch.empty(len(logits), count, dtype=torch.int64)
-    for row in range(len(logits)):
-        tied = (logits[row] >= edge[row]).nonzero().squeeze(-1)
-        order = logits[row, tied].sort(descending=True, stable=True).indices[:count]
-        ids[row] = tied[order]
-    return ids, logits.gather(-1, ids) - log_normalizer(logits).unsqueeze(-1)
+    values = logits.numpy()
+    ids = np.empty((len(values), count), dtype=np.int64)
+    for row, line in enumerate(values):
+        edge = np.partition(line, len(line) - count)[len(line) - count]
+        tokens = np.flatnonzero(line >= edge)
+        ids[row] = tokens[np.argsort(-line[tokens], kind="stable")][:count]
+    picked = torch.from_numpy(ids)
+    return picked, logits.gather(-1, picked) - log_normalizer(logits).unsqueeze(-1)

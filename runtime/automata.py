@@ -22,6 +22,7 @@ Ints: TypeAlias = NDArray[np.int32]
 
 MAX_STATES = 20_000  # a byte DFA of this many states takes 20 MB
 MAX_EDGES = 1 << 22  # (state, token) pairs of one automaton: 32 MB and about half a second
+MAX_WORK = 500_000  # places of the regex over all DFA states, about a second
 _SLICE = 64  # states walked at once
 FAR = 1 << 30  # the distance of a state from which no value can be reached
 
@@ -173,7 +174,7 @@ class _Nfa:
         self.reads: list[list[tuple[frozenset[int], int]]] = []
 
     def state(self) -> int:
-        if len(self.empty) > 16 * MAX_STATES:
+        if len(self.empty) > 5 * MAX_STATES:
             raise TooLarge("the type needs too many states")
         self.empty.append([])
         self.reads.append([])
@@ -261,7 +262,11 @@ def _determinize(nfa: _Nfa, start: int, ends: set[int]) -> Dfa:
     number = {first: 0}
     order = [first]
     rows: list[list[int]] = []
+    work = 0
     for states in order:
+        work += len(states)
+        if work > MAX_WORK:
+            raise TooLarge("the type needs too many states")
         targets: dict[int, set[int]] = {}
         for state in states:
             for allowed, other in nfa.reads[state]:

@@ -255,6 +255,8 @@ class _Reader:
         if not isinstance(found, Mapping):
             raise self.refuse(f"`rope_scaling` is {found!r}, not an object")
         data: Mapping[str, Any] = found
+        if any(isinstance(value, Mapping) for value in data.values()):
+            raise self.refuse("rotary settings that differ by layer are not supported")
         kind = data.get("rope_type", data.get("type", "default"))
         if kind not in ROPE_KINDS:
             raise self.refuse(f"rope type `{kind}` is not supported", f"supported are {', '.join(ROPE_KINDS)}")

@@ -361,7 +361,7 @@ class Constraints:
             return MatcherConstraint(
                 self.vocabulary, grammar, value, held_space=held_space, is_json=isinstance(kind, JsonType)
             )
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(kind, RegexType):
                 raise PlanError(Diagnostic("bad-regex", f"the pattern cannot be used: {error}")) from None
             raise PlanError(Diagnostic("bad-schema", f"the schema cannot be used: {error}")) from None

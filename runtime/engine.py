@@ -606,11 +606,12 @@ class Engine:
         if fork.deadline is not None and fork in self._deadlines:
             self._deadlines.remove(fork)
         assert fork.scheduled is not None
+        for thread in list(fork.scheduled.active.values()):
+            # Seated in this very step, and its task not yet made.
+            self.scheduler.end(thread)
         self.scheduler.close(fork.scheduled)
         del self._forks[fork.scheduled]
         fork.parent.fork = None
-        if fork.parent.thread is not None and fork.parent.steps is None:
-            return
 
     def _cut(self, task: Task, request: Draw) -> None:
         """A gen is ended from outside, or is done and its thread never hears of it: what it has is kept as text."""

@@ -76,6 +76,8 @@ class Generation:
         self._kept: int | None = None
         self._skipped = 0  # bytes of `_data` before the value: the held-back space
         self._shown = 0  # bytes of `_data` that `delta` has given out
+        if constraint is not None and constraint.complete:
+            self._finish("complete", 0)
 
     @property
     def drawn(self) -> int:
@@ -273,18 +275,23 @@ def read_value(kind: GenType, text: str) -> Value:
 
 
 def whole_characters(data: bytes | bytearray) -> int:
-    """How many bytes of `data` are left when a UTF-8 character that is only begun at its end is taken off."""
-    for back in range(1, min(3, len(data)) + 1):
-        byte = data[-back]
-        if byte & 0xC0 == 0x80:
-            continue
-        width = 2 if 0xC2 <= byte <= 0xDF else 3 if 0xE0 <= byte <= 0xEF else 4 if 0xF0 <= byte <= 0xF4 else 1
-        return len(data) - back if width > back and _is_begun(bytes(data[-back:])) else len(data)
-    return len(data)
+    """How many bytes of `data` are left when UTF-8 characters that are only begun at its end are taken off."""
+    end = len(data)
+    while half := _begun(data[max(0, end - 3) : end]):
+        end -= half
+    return end
+
+
+def _begun(data: bytes | bytearray) -> int:
+    """How many of the last bytes of `data` begin a character without ending it."""
+    for back in range(1, len(data) + 1):
+        if data[-back] & 0xC0 != 0x80:
+            return back if data[-back] >= 0xC2 and _is_begun(bytes(data[-back:])) else 0
+    return 0
 
 
 def _is_begun(part: bytes) -> bool:
-    """Whether some character begins with `part`, which has a lead byte and is shorter than that asks for."""
+    """Whether some character begins with `part` and goes on."""
     try:
         part.decode()
     except UnicodeDecodeError as error:

@@ -67,7 +67,7 @@ class Decoder:
         self._final_norm = take("model.norm.weight", hidden)
         self._lm_head = Linear(self._embedding if config.tied_embeddings else take("lm_head.weight", vocab, hidden))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, logit_rows: Tensor) -> Tensor:
         """Feed `num_tokens` tokens through every layer.
 

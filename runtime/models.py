@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from anabranch.runtime.tokenizer import Tokenizer, byte_tokenizer
 from anabranch.runtime.weights import GgufFile, SafetensorsFolder
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "*.jinja")
+_HUB_FILES = ("model*.safetensors", "model.safetensors.index.json", "*config.json", "tokenizer.json", "*.jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _sample(path: Path) -> bytes:
 
 
 def _fetch_from_hub(name: str) -> Path:
-    if importlib.util.find_spec("huggingface_hub") is None:
+    if find_spec("huggingface_hub") is None:
         raise PlanError(
             Diagnostic(
                 "no-model",

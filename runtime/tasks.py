@@ -20,7 +20,7 @@ from anabranch.compiler import graph
 from anabranch.compiler.bounds import Bounds
 from anabranch.compiler.scheduler import Fork as ScheduledFork
 from anabranch.compiler.scheduler import Thread
-from anabranch.dsl.ast import Expr, Str, names_in
+from anabranch.dsl.ast import Apply, Expr, Str, names_in
 from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
 from anabranch.dsl.values import EvaluationError, evaluate, parts, render
 from anabranch.runtime.context import Context, Row
@@ -407,7 +407,12 @@ class Task:
 
     def _recorded(self, node: graph.Decode, held: bool) -> GenEnded:
         assert node.spec.recorded is not None
-        value = self._evaluate(node.spec.recorded)
+        recorded = node.spec.recorded
+        value: Value
+        if isinstance(recorded, Apply) and recorded.function == "ids":
+            value = [self._evaluate(arg.value) for arg in recorded.args]
+        else:
+            value = self._evaluate(recorded)
         try:
             ids = recorded_ids(self.engine.tokenizer, value)
             text = self.engine.text_of(ids)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from anabranch.dsl.spec import JoinSpec, Value
+from anabranch.dsl.values import is_number, vote_key
 
 
 class Undecided(Exception):
@@ -96,17 +97,17 @@ def _yield_key(join: JoinSpec, voters: Sequence[Branch]) -> Verdict:
     return Verdict(_key(join, winner), (winner.index,))
 
 
-def _ballots(join: JoinSpec, branches: Sequence[Branch]) -> dict[Hashable, list[Branch]]:
+def _ballots(join: JoinSpec, branches: Sequence[Branch]) -> dict[object, list[Branch]]:
     """Who voted alike, in the order of `branches`."""
-    groups: dict[Hashable, list[Branch]] = {}
+    groups: dict[object, list[Branch]] = {}
     for branch in branches:
-        ballot = _ballot(join, _key(join, branch))
+        ballot = vote_key(_key(join, branch), join.by)
         if ballot is not None:
             groups.setdefault(ballot, []).append(branch)
     return groups
 
 
-def _largest(groups: Mapping[Hashable, list[Branch]]) -> list[Branch]:
+def _largest(groups: Mapping[object, list[Branch]]) -> list[Branch]:
     """The largest group; of equals the one with the lowest branch."""
     if not groups:
         raise Undecided("no branch cast a vote")
@@ -115,9 +116,9 @@ def _largest(groups: Mapping[Hashable, list[Branch]]) -> list[Branch]:
 
 def _first_to_agree(join: JoinSpec, ok: Sequence[Branch]) -> list[Branch]:
     needed = join.count or 1
-    agreed: dict[Hashable, list[Branch]] = {}
+    agreed: dict[object, list[Branch]] = {}
     for branch in _in_order_of_ends(ok):
-        ballot = _ballot(join, _key(join, branch))
+        ballot = vote_key(_key(join, branch), join.by)
         if ballot is not None:
             agreed.setdefault(ballot, []).append(branch)
             if len(agreed[ballot]) == needed:
@@ -125,45 +126,6 @@ def _first_to_agree(join: JoinSpec, ok: Sequence[Branch]) -> list[Branch]:
     raise Undecided(f"no {needed} branches agree")
 
 
-def _ballot(join: JoinSpec, value: Value) -> Hashable | None:
-    """What is counted: equal ballots are equal votes; None is no vote."""
-    match join.by:
-        case "exact":
-            return _freeze(value)
-        case "casefold":
-            return _freeze(value.casefold() if isinstance(value, str) else value)
-        case "number":
-            return _number(value)
-        case _:
-            assert_never(join.by)
-
-
-def _number(value: Value) -> float | int | None:
-    if isinstance(value, str):
-        for read in (int, float):
-            try:
-                value = read(value.strip())
-                break
-            except ValueError:
-                continue
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        return None
-    return value
-
-
-def _freeze(value: Value) -> Hashable:
-    """A hashable stand-in that is equal where the values are; a bool is no number."""
-    if isinstance(value, list):
-        return ("list", tuple(_freeze(item) for item in value))
-    if isinstance(value, dict):
-        return ("record", frozenset((name, _freeze(item)) for name, item in value.items()))
-    if isinstance(value, bool):
-        return ("bool", value)
-    return value  # type: ignore[no-any-return]
-
-
 def _score(join: JoinSpec, branch: Branch) -> float | None:
     value = _key(join, branch)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        return None
-    return value
+    return value if is_number(value) and not math.isnan(value) else None

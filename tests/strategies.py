@@ -39,6 +39,10 @@ class Case:
     def __repr__(self) -> str:
         return f"inputs = {self.inputs!r}\n{print_plan(self.program)}"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """How Hypothesis shows a failing example."""
+        printer.text(repr(self))
+
 
 @dataclass(frozen=True)
 class Traits:

@@ -168,6 +168,7 @@ REFUSED = {
     "it is a `LlamaForSequenceClassification`": {"architectures": ["LlamaForSequenceClassification"]},
     "rope type `dynamic`": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "rope type `longrope`": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+    "differ by layer": {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
     "activation `gelu`": {"hidden_act": "gelu"},
     "quantisation `gptq`": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "`partial_rotary_factor` 0.5": {"partial_rotary_factor": 0.5},

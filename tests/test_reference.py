@@ -195,7 +195,7 @@ def test_fresh_sees_only_its_own_text() -> None:
 @pytest.mark.parametrize(("written", "text"), [(" 7", "7"), ("7", "7")])
 def test_one_trailing_space_is_held_back(written: str, text: str) -> None:
     """The space before a gen is not encoded; the gen may begin with it."""
-    layout = run('main = plan() { x = gen("is:  ", max=3); }', replace(gen("", "x", written), text=text))
+    layout = run('main = plan() { x = gen("is:  ", max=3); }', replace(gen("", "x", written), text=text, value=text))
     assert "".join(shown(layout, s) for s in range(len(layout.segments))) == "is: " + written
     assert layout.value == "is: " + written
 
