@@ -199,7 +199,7 @@ class _Maker:
         return {
             "q": self.draw(words),
             "n": self.number(1, 3),
-            "xs": self.draw(st.lists(words, min_size=1, max_size=3)),
+            "xs": self.draw(st.lists(words, min_size=self.pick([2, 1]), max_size=3)),
         }
 
     def helper(self) -> ast.PlanDef:
@@ -256,7 +256,7 @@ class _Maker:
         if block.inside <= 6 and self.fuel > 0:
             options += [(1, self.loop), (2, self.condition)]
         if block.depth:
-            options.append((3, self.need))
+            options.append((1, self.need))
         if block.chat:
             options.append((1, self.turn))
         if self.helpers and may_fork:
@@ -451,7 +451,8 @@ class _Maker:
         )
 
     def width(self, block: _Block) -> int:
-        return self.number(1, max(1, min(4, 8 // block.inside)))
+        least = 2 if block.depth == 0 and self.chance(80) else 1
+        return self.number(least, max(least, min(4, 8 // block.inside)))
 
     def fork(self, block: _Block) -> None:
         width = self.width(block)
@@ -464,7 +465,7 @@ class _Maker:
         if index is not None:
             child.names[index] = "int"
         self.body(child)
-        join, key = self.join(width, fresh=fresh, several=not dynamic)
+        join, key = self.join(width, fresh=fresh, several=not dynamic, outer=block.depth == 0)
         self.ensure_key(child, key)
         body, kind = self.ended(child)
         yields = self.yields(join, kind, child, labelled=False)
@@ -481,7 +482,7 @@ class _Maker:
     def branches(self, block: _Block) -> None:
         width = self.width(block)
         fresh, options = self.fork_options(block, width)
-        join, key = self.join(width, fresh=fresh, several=True)
+        join, key = self.join(width, fresh=fresh, several=True, outer=block.depth == 0)
         share = self.weighted([(2, False), (1, True)])
         written = []
         children = []
@@ -532,7 +533,12 @@ class _Maker:
             child.names[index] = "int"
         self.body(child)
         # How many items there are is not known, so that no count above one may be asked for.
-        join, key = self.join(1 if isinstance(over, Name) else width, fresh=fresh, several=not isinstance(over, Name))
+        join, key = self.join(
+            1 if isinstance(over, Name) else width,
+            fresh=fresh,
+            several=not isinstance(over, Name),
+            outer=block.depth == 0,
+        )
         self.ensure_key(child, key)
         body, kind = self.ended(child)
         yields = self.yields(join, kind, child, labelled=False)
@@ -547,7 +553,7 @@ class _Maker:
     def fork_options(self, block: _Block, width: int) -> tuple[bool, list[Option]]:
         """(whether the branches start fresh, the options)."""
         options: list[Option] = []
-        fresh = self.chance(12)
+        fresh = self.chance(6 if block.depth == 0 else 12)
         if fresh:
             options.append(Option("fresh", Bool(True)))
         if width > 1 and self.chance(20):
@@ -558,17 +564,22 @@ class _Maker:
             options.append(Option("retry", Int(self.number(1, 2))))
         return fresh, options
 
-    def join(self, width: int, *, fresh: bool, several: bool) -> tuple[ast.Join | None, str | None]:
-        """A join, and the key that its branches must bind (None where it has none)."""
-        context = self.weighted([(2, "drop"), (2, "text")] if fresh else [(2, "drop"), (2, "text"), (7, "stitch")])
+    def join(self, width: int, *, fresh: bool, several: bool, outer: bool) -> tuple[ast.Join | None, str | None]:
+        """A join, and the key that its branches must bind (None where it has none).
+
+        several: whether a count above one may be asked for; outer: the fork is in no other, and stitches more often
+        """
+        stitch = 20 if outer else 6
+        context = self.weighted([(2, "drop"), (2, "text")] if fresh else [(2, "drop"), (2, "text"), (stitch, "stitch")])
         positions = self.pick(["max", "sum"]) if context == "stitch" else "max"
-        kind = self.weighted([(6, "all"), (3, "first"), (2, "vote"), (2, "best"), (1, "logprob"), (1, "quorum")])
+        many = 20 if outer else 6
+        kind = self.weighted([(many, "all"), (3, "first"), (2, "vote"), (2, "best"), (1, "logprob"), (1, "quorum")])
         key: str | None = None
         count: Expr | None = None
         by: Any = None
         match kind:
             case "all":
-                if self.chance(35):
+                if self.chance(60 if outer else 35):
                     count = Int(self.number(1, width))
             case "first":
                 count = Int(self.number(1, width) if several else 1)
