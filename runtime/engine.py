@@ -430,7 +430,7 @@ class Engine:
             label=branch.label,
             budget=branch.budget,
             depth=fork.depth,
-            critical=parent.critical,
+            critical=fork.critical,
             plan=fork.callee or parent.plan,
             own_names=tuple(branch.names),
             generated=branch.generated,
@@ -509,6 +509,7 @@ class Engine:
         assert task.thread is not None
         fork.depth = task.depth + 1 if fork.callee == task.plan else 0 if fork.callee is not None else task.depth
         task.fork = fork
+        fork.critical = task.critical
         fork.scheduled = self.scheduler.fork(task.thread, fork.needs, base=task.num_pages(), limit=fork.limits.limit)
         self._forks[fork.scheduled] = fork
         if fork.limits.deadline_s is not None:

@@ -145,6 +145,7 @@ class ForkState:
     finished: dict[int, Task] = field(default_factory=dict)
     closed: bool = False
     depth: int = 0
+    critical: int = 0
     base_view: View | None = None
 
 
@@ -589,6 +590,7 @@ class Task:
         values = self._items(node.over, node.most)
         if not values:
             raise BranchStopped("`reduce` of nothing")
+        self._open_assistant()
         started = 0
         while len(values) > 1:
             groups = [values[i : i + node.by] for i in range(0, len(values), node.by)]
@@ -668,8 +670,8 @@ class Task:
         callee: str | None = None,
     ) -> Generator[Request, Any, Value]:
         context = self.context
+        self._open_assistant()
         if not fresh:
-            self._open_assistant()
             if self.held_space:
                 # A space held back for a gen that did not come belongs to the text after all.
                 self.held_space = False
