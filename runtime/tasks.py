@@ -647,7 +647,11 @@ class Task:
 
     def _shares(self, node: graph.Node, worst: Sequence[int], limits: Limits) -> Sequence[int | None]:
         """What each branch may decode: its worst case where all of those fit, else an equal share."""
-        left = None if self.budget is None else self.budget - self.spent - self.charged - self.run.bounds.rest(node, self.depth)
+        left = (
+            None
+            if self.budget is None
+            else self.budget - self.spent - self.charged - self.run.bounds.rest(node, self.depth)
+        )
         left = _least(left, limits.budget)
         if left is None or not worst:
             return [None] * len(worst)
