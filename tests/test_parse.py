@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -576,3 +577,17 @@ def test_the_indentation_tells_the_open_block() -> None:
     error = _refused("a = plan() {\n  x = fork(2) {\n    y = 1;\n  z = 2;\n}\n")
     assert error.source is not None and error.diagnostics[0].span is not None
     assert error.source.position(error.diagnostics[0].span.start)[0] == 2
+
+
+def test_the_language_page_is_right() -> None:
+    """Every example of docs/language.md is read, its `...` aside."""
+    page = (Path(__file__).parents[1] / "docs" / "language.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(examples) >= 12
+    for example in examples:
+        if example == "join(value, context)\n":
+            continue
+        text = re.sub(r"\.\.\.(?=[\n ])", "", example)
+        if " = plan(" not in text:
+            text = "a = plan() {\n" + text + "}\n"
+        parse_text(text)
