@@ -232,7 +232,9 @@ def license_prefix(model: anabranch.LoadedModel) -> tuple[str, list[int]]:
 
 def report(found: dict[str, dict[int, list[Timing]]], widths: list[int]) -> None:
     """A Markdown table: tokens per second at the median and at best, and ours over theirs."""
-    print("| engine | branches | prefill s (median) | decode tokens/s (median) | decode tokens/s (best) | ours / this |")
+    print(
+        "| engine | branches | prefill s (median) | decode tokens/s (median) | decode tokens/s (best) | ours / this |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for width in widths:
         ours = statistics.median(t.decode_s for t in found[Ours.name][width])

@@ -387,6 +387,11 @@ class Bounds:
         """Tokens of context that the longest thread needs."""
         return max(self.cost.high, self.cost.high_fresh)
 
+    @property
+    def budget_binds(self) -> bool:
+        """Whether some thread's worst case is cut short by a budget."""
+        return any(plan.budget_binds for plan in self._plans.values())
+
     def pages_bound(self, machine: Machine) -> int:
         """Pages that a run never exceeds on `machine`: admission keeps it within the pool."""
         return min(self.pages_full_width, machine.pages)
@@ -547,6 +552,7 @@ class PlanBounds:
         self.machine = machine
         self.start = start
         self.index = _Index(plan)
+        self.budget_binds = False
         self.deepest = plan.depth if id(plan.region) in self.index.calls_itself else 0
         self._worst: list[_Decoded] = [_Decoded({}, {}) for _ in range(self.deepest + 1)]
         self._costs: list[_Costed] = [_Costed({}, {}, {}) for _ in range(self.deepest + 1)]
@@ -694,8 +700,13 @@ class PlanBounds:
             if budget is not None and self._decoded(region, depth) <= budget:
                 budget = None
             start = self.fed.starts.get(region.entry, NOTHING)
-            row = [self._known(start), *self._row(region, depth, budget)]
-            cost = within(in_a_row(row, self.machine.page_size), budget, self.machine.page_size)
+            row = [
+                replace(self._known(start), steps=0, overhead_steps=0),
+                *self._row(region, depth, budget, start.rows),
+            ]
+            free = in_a_row(row, self.machine.page_size)
+            cost = within(free, budget, self.machine.page_size)
+            self.budget_binds = self.budget_binds or cost is not free
             found = self._costs[at].threads[region.entry] = cost
         return found
 
@@ -707,19 +718,40 @@ class PlanBounds:
             self._costs[at].stretches[region.entry] = found
         return found
 
-    def _row(self, region: Region, depth: int, budget: int | None) -> list[Cost]:
+    def _row(self, region: Region, depth: int, budget: int | None, waiting: int = 0) -> list[Cost]:
+        """The costs of a region's nodes. Known tokens wait (`waiting` of them at the start) until a draw or a control
+        point has them fed, in one go."""
         found: list[Cost] = []
         for node in region.nodes:
-            if not isinstance(node, _CONTEXTLESS):
-                nodes = self._costs[self._at(node, depth)].nodes
-                cost = nodes.get(node.dst)
-                if cost is None:
-                    cost = nodes[node.dst] = self._cost(node, depth, budget)
-                found.append(cost)
+            if isinstance(node, _CONTEXTLESS):
+                continue
+            nodes = self._costs[self._at(node, depth)].nodes
+            cost = nodes.get(node.dst)
+            if isinstance(node, Write):
+                rows = self.fed.at.get(node.dst, NOTHING)
+                cost = replace(self._known(rows), steps=0, overhead_steps=0)
+                waiting += rows.rows
+            elif isinstance(node, Decode):
+                cost = self._gen(self.fed.at.get(node.dst, NOTHING), budget, waiting)
+                waiting = 0
+            elif waiting:
+                found.append(self._fed(waiting))
+                waiting = 0
+            if cost is None:
+                cost = self._cost(node, depth, budget)
+            nodes[node.dst] = cost
+            found.append(cost)
+        if waiting:
+            found.append(self._fed(waiting))
         return found
 
+    def _fed(self, rows: int) -> Cost:
+        """The calls that feed rows whose tokens are counted elsewhere."""
+        steps = pages_of(rows, self.machine.chunk)
+        return Cost(steps=steps, overhead_steps=steps)
+
     def _known(self, feed: Feed) -> Cost:
-        """The cost of known tokens. They are fed with what follows them, so no feed is counted."""
+        """The cost of known tokens that are fed at once."""
         if not feed.rows:
             return NO_COST
         rows, steps = feed.rows, pages_of(feed.rows, self.machine.chunk)
@@ -741,10 +773,6 @@ class PlanBounds:
     def _cost(self, node: Node, depth: int, budget: int | None) -> Cost:
         size = self.machine.page_size
         match node:
-            case Write():
-                return self._known(self.fed.at.get(node.dst, NOTHING))
-            case Decode():
-                return self._gen(self.fed.at.get(node.dst, NOTHING), budget)
             case Fork() | Map() | Call():
                 kinds, join = self._branches(node, depth, self._left(node, depth, budget))
                 return self._opened(
@@ -759,14 +787,15 @@ class PlanBounds:
                 return either(self._stretch(then, depth, budget), other)
             case Expand():
                 raise ValueError("`expand` has no bound")
-            case Let() | NeedNode() | Return():
-                return NO_COST
+            case Write() | Decode() | Let() | NeedNode() | Return():
+                raise TypeError("statements without branches are costed in a row")
             case _:
                 assert_never(node)
 
-    def _gen(self, feed: Feed, budget: int | None) -> Cost:
+    def _gen(self, feed: Feed, budget: int | None, waiting: int) -> Cost:
+        """The cost of a gen before which `waiting` known tokens wait to be fed."""
         drawn = _least(feed.drawn, budget)
-        known = pages_of(feed.rows, self.machine.chunk)
+        known = pages_of(feed.rows + waiting, self.machine.chunk)
         # Each option is fed alone, so that it is a feed, and a part of a chunk.
         options = feed.options + feed.aside // self.machine.chunk
         # The first token is drawn by the step that feeds the last known row.

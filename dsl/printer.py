@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from math import isfinite
 from typing import TypeAlias, assert_never
@@ -97,15 +98,16 @@ class _Printer:
         self._remarks(self._notes.at_end, 0)
 
     def plan(self, plan: ast.PlanDef) -> None:
-        args = [_param(param) for param in plan.params] + _options(plan.options)
-        self._line(0, _group(f"{_name(plan.name)} = plan", args, " {", 0))
+        params = [
+            _Piece(_name(p.name)) if p.bound is None else _Piece(f"{_name(p.name)}: ", p.bound) for p in plan.params
+        ]
+        self._line(0, _group(f"{_name(plan.name)} = plan", [*params, *_options(plan.options)], " {", 0))
         self._block(plan.body, 0)
         self.lines[-1] += "}"
         self._beside(plan.span.start)
 
     def branch(self, branch: ast.Branch, indent: int) -> None:
-        args = [*_optional(branch.prompt, indent), *_options(branch.options, indent)]
-        self._line(indent, _group(_bound(branch.label) + "branch", args, " {", indent))
+        self._head(indent, branch.label, "branch", [*_prompt(branch.prompt), *_options(branch.options)], " {")
         self._block(branch.body, indent)
         self.lines[-1] += "};"
         self._beside(branch.span.start)
@@ -113,34 +115,28 @@ class _Printer:
     def statement(self, stmt: ast.Stmt, indent: int) -> None:
         match stmt:
             case ast.Write(role, value):
-                self._line(indent, _group(role, [_item(value, indent)], ";", indent))
-            case ast.Need(cond):
-                self._line(indent, _group("need", [_item(cond, indent)], ";", indent))
+                self._head(indent, None, role, [_Piece("", value)], ";")
+            case ast.Need(value):
+                self._head(indent, None, "need", [_Piece("", value)], ";")
             case ast.Return(value):
-                self._line(indent, _group("return", [_item(value, indent)], ";", indent))
+                self._head(indent, None, "return", [_Piece("", value)], ";")
             case ast.Gen(name, prompt, options):
-                args = [*_optional(prompt, indent), *_options(options, indent)]
-                self._line(indent, _group(_bound(name) + "gen", args, ";", indent))
+                self._head(indent, name, "gen", [*_prompt(prompt), *_options(options)], ";")
             case ast.Expand(name, prompt, options):
-                args = [*_optional(prompt, indent), *_options(options, indent)]
-                self._line(indent, _group(_bound(name) + "expand", args, ";", indent))
-            case ast.Call(name, plan, call_args, options):
-                args = [_arg(arg, indent + _STEP) for arg in call_args] + _options(options, indent)
-                self._line(indent, _group(_bound(name) + _callee(plan), args, ";", indent))
+                self._head(indent, name, "expand", [*_prompt(prompt), *_options(options)], ";")
+            case ast.Call(name, plan, args, options):
+                self._head(indent, name, _callee(plan), [*map(_arg, args), *_options(options)], ";")
+            case ast.Let(name, ast.Apply(function, args)):
+                self._head(indent, name, _callee(function), [*map(_arg, args)], ";")
             case ast.Let(name, value):
-                if isinstance(value, ast.Apply):
-                    args = [_arg(arg, indent + _STEP) for arg in value.args]
-                    self._line(indent, _group(_bound(name) + _callee(value.function), args, ";", indent))
-                else:
-                    self._line(indent, _bound(name) + _wrapped(value, indent, len(name) + 4) + ";")
+                self._line(indent, f"{_name(name)} = {_wrapped(value, indent, len(name) + len(' = ;'))};")
             case ast.Fork(name, index, width, options, body, join):
-                binder = f"{_name(index)}: " if index is not None else ""
-                args = [binder + _item(width, indent), *_options(options, indent)]
-                self._line(indent, _group(_bound(name) + "fork", args, " {", indent))
+                binder = "" if index is None else f"{_name(index)}: "
+                self._head(indent, name, "fork", [_Piece(binder, width), *_options(options)], " {")
                 self._block(body, indent)
                 self._join(join, indent)
             case ast.Branches(name, options, branches, join):
-                self._line(indent, _group(_bound(name) + "fork", _options(options, indent), " {", indent))
+                self._head(indent, name, "fork", _options(options), " {")
                 key = braces(stmt, self._text).start if self._text else stmt.span.start
                 self._open(key)
                 for branch in branches:
@@ -149,25 +145,24 @@ class _Printer:
                 self._close(key, indent, empty=False)
                 self._join(join, indent)
             case ast.Map(name, index, item, over, options, body, join):
-                args = [_name(index)] if index is not None else []
-                args += [f"{_name(item)}: {_item(over, indent)}", *_options(options, indent)]
-                self._line(indent, _group(_bound(name) + "map", args, " {", indent))
+                pieces = [] if index is None else [_Piece(_name(index))]
+                pieces += [_Piece(f"{_name(item)}: ", over), *_options(options)]
+                self._head(indent, name, "map", pieces, " {")
                 self._block(body, indent)
                 self._join(join, indent)
             case ast.Reduce(name, item, over, options, body):
-                args = [f"{_name(item)}: {_item(over, indent)}", *_options(options, indent)]
-                self._line(indent, _group(_bound(name) + "reduce", args, " {", indent))
+                self._head(indent, name, "reduce", [_Piece(f"{_name(item)}: ", over), *_options(options)], " {")
                 self._block(body, indent)
                 self.lines[-1] += "};"
             case ast.Loop(count, body, until):
-                self._line(indent, _group("loop", [_item(count, indent)], " {", indent))
+                self._head(indent, None, "loop", [_Piece("", count)], " {")
                 self._block(body, indent)
                 if until is None:
                     self.lines[-1] += "};"
                 else:
-                    self.lines[-1] += _group("} until", [_item(until, indent)], ";", indent)
+                    self.lines[-1] += _group("} until", [_Piece("", until)], ";", indent)
             case ast.If(cond, then, orelse):
-                self._line(indent, _group("if ", [_item(cond, indent)], " {", indent))
+                self._head(indent, None, "if ", [_Piece("", cond)], " {")
                 self._block(then, indent)
                 if orelse is not None:
                     self.lines[-1] += "} else {"
@@ -176,6 +171,11 @@ class _Printer:
             case _:
                 assert_never(stmt)
         self._beside(stmt.span.start)
+
+    def _head(self, indent: int, name: str | None, word: str, pieces: Sequence[_Piece], tail: str) -> None:
+        """The line `name = word(pieces)tail`, or the lines, if it has to be wrapped."""
+        bound = "" if name is None else f"{_name(name)} = "
+        self._line(indent, _group(bound + word, pieces, tail, indent))
 
     def _block(self, block: ast.Block, indent: int) -> None:
         """The statements after a `{`, up to the line on which the `}` is due."""
@@ -198,12 +198,8 @@ class _Printer:
     def _join(self, join: ast.Join | None, indent: int) -> None:
         if join is None:
             self.lines[-1] += "};"
-            return
-        args = [] if join.value is None else [_join_value(join.value)]
-        if join.context is not None:
-            context = join.context
-            args.append("stitch(sum)" if context.kind == "stitch" and context.positions == "sum" else context.kind)
-        self.lines[-1] += _group("} join", args, ";", indent)
+        else:
+            self.lines[-1] += "} join(" + ", ".join(_join_parts(join)) + ");"
 
     def _before(self, start: int, indent: int) -> None:
         self._remarks(self._notes.before.get(start, ()), indent)
@@ -229,24 +225,51 @@ class _Printer:
         self.lines.append(" " * indent + text)
 
 
-def _group(head: str, items: Sequence[str], tail: str, indent: int) -> str:
-    """`head(items)tail`, on one line if it fits there; a single item is never put on a line of its own."""
-    flat = f"{head}({', '.join(items)}){tail}"
-    if len(items) < 2 or _fits(flat, indent):
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One argument: `name=` or `name: ` and a value, a value alone, or a name alone."""
+
+    lead: str
+    value: ast.Expr | None = None
+
+    def flat(self) -> str:
+        return self.lead if self.value is None else self.lead + _expr(self.value)
+
+    def wrapped(self, indent: int, used: int = 0) -> str:
+        if self.value is None:
+            return self.lead
+        return self.lead + _wrapped(self.value, indent, used + len(self.lead) + len(","))
+
+
+def _prompt(value: ast.Expr | None) -> list[_Piece]:
+    return [] if value is None else [_Piece("", value)]
+
+
+def _options(options: Sequence[ast.Option]) -> list[_Piece]:
+    return [_Piece(f"{_name(option.name)}=", option.value) for option in options]
+
+
+def _arg(arg: ast.Arg) -> _Piece:
+    return _Piece("" if arg.name is None else f"{_name(arg.name)}=", arg.value)
+
+
+def _group(head: str, pieces: Sequence[_Piece], tail: str, indent: int, brackets: str = "()") -> str:
+    """`head(pieces)tail`, wrapped if one line does not hold it: a piece a line, or one piece wrapped in itself."""
+    opened, closed = brackets[0], brackets[1]
+    flat = f"{head}{opened}{', '.join(piece.flat() for piece in pieces)}{closed}{tail}"
+    if not pieces or _fits(flat, indent):
         return flat
+    if len(pieces) == 1:
+        return f"{head}{opened}{pieces[0].wrapped(indent, len(head) + len(opened))}{closed}{tail}"
     inner = " " * (indent + _STEP)
-    return f"{head}(\n" + ",\n".join(inner + item for item in items) + f"\n{' ' * indent}){tail}"
+    lines = ",\n".join(inner + piece.wrapped(indent + _STEP) for piece in pieces)
+    return f"{head}{opened}\n{lines}\n{' ' * indent}{closed}{tail}"
 
 
 def _fits(text: str, indent: int) -> bool:
     """Whether the line that `text` begins, and the one it ends, are short enough; what is between is a string's."""
     first, _, rest = text.partition("\n")
     return indent + len(first) <= WIDTH and len(rest.rpartition("\n")[2]) <= WIDTH
-
-
-def _item(value: ast.Expr, indent: int) -> str:
-    """An argument of a statement at `indent`; it may come to stand on a line of its own."""
-    return _wrapped(value, indent + _STEP, 0)
 
 
 def _wrapped(value: ast.Expr, indent: int, used: int) -> str:
@@ -256,31 +279,11 @@ def _wrapped(value: ast.Expr, indent: int, used: int) -> str:
         return flat
     match value:
         case ast.Apply(function, args):
-            return _group(_function(function), [_arg(arg, indent + _STEP) for arg in args], "", indent)
-        case ast.List(items) if len(items) > 1:
-            inner = " " * (indent + _STEP)
-            lines = ",\n".join(inner + _wrapped(item, indent + _STEP, 0) for item in items)
-            return f"[\n{lines}\n{' ' * indent}]"
+            return _group(_function(function), [*map(_arg, args)], "", indent)
+        case ast.List(items):
+            return _group("", [_Piece("", item) for item in items], "", indent, "[]")
         case _:
             return flat
-
-
-def _optional(value: ast.Expr | None, indent: int) -> list[str]:
-    return [] if value is None else [_item(value, indent)]
-
-
-def _options(options: Sequence[ast.Option], indent: int = 0) -> list[str]:
-    return [f"{_name(o.name)}={_wrapped(o.value, indent + _STEP, len(o.name) + 1)}" for o in options]
-
-
-def _arg(arg: ast.Arg, indent: int) -> str:
-    if arg.name is None:
-        return _wrapped(arg.value, indent, 0)
-    return f"{_name(arg.name)}={_wrapped(arg.value, indent, len(arg.name) + 1)}"
-
-
-def _param(param: ast.Param) -> str:
-    return _name(param.name) if param.bound is None else f"{_name(param.name)}: {_expr(param.bound)}"
 
 
 def _join_value(value: ast.JoinValue) -> str:
@@ -294,8 +297,12 @@ def _join_value(value: ast.JoinValue) -> str:
     return f"{value.kind}({', '.join(args)})" if args else value.kind
 
 
-def _bound(name: str | None) -> str:
-    return "" if name is None else f"{_name(name)} = "
+def _join_parts(join: ast.Join) -> list[str]:
+    parts = [] if join.value is None else [_join_value(join.value)]
+    if join.context is not None:
+        context = join.context
+        parts.append("stitch(sum)" if context.kind == "stitch" and context.positions == "sum" else context.kind)
+    return parts
 
 
 def _name(name: str) -> str:
@@ -338,8 +345,10 @@ def _expr(value: ast.Expr, least: int = 0) -> str:
             return f"[{', '.join(_expr(item) for item in items)}]"
         case ast.Unary(op, operand):
             # `-5` is one literal, so the minus of a literal needs brackets to be an operator.
-            literal = op == "-" and isinstance(operand, ast.Int | ast.Float)
-            return _bracketed(op + _expr(operand, _POSTFIX if literal else _UNARY), _UNARY, least)
+            text = _expr(operand, _UNARY)
+            if op == "-" and isinstance(operand, ast.Int | ast.Float) and not text.startswith("-"):
+                text = f"({text})"
+            return _bracketed(op + text, _UNARY, least)
         case ast.Binary(op, left, right):
             level = _LEVEL[op]
             text = f"{_expr(left, level + (level == _COMPARISON))} {op} {_expr(right, level + 1)}"
@@ -349,13 +358,9 @@ def _expr(value: ast.Expr, least: int = 0) -> str:
         case ast.Index(inner, index):
             return f"{_expr(inner, _POSTFIX)}[{_expr(index)}]"
         case ast.Apply(function, args):
-            return f"{_function(function)}({', '.join(_arg_flat(arg) for arg in args)})"
+            return f"{_function(function)}({', '.join(_arg(arg).flat() for arg in args)})"
         case _:
             assert_never(value)
-
-
-def _arg_flat(arg: ast.Arg) -> str:
-    return _expr(arg.value) if arg.name is None else f"{_name(arg.name)}={_expr(arg.value)}"
 
 
 def _bracketed(text: str, level: int, least: int) -> str:
@@ -394,11 +399,7 @@ def _dump(node: ast.Stmt | ast.Branch, depth: int, lines: list[str]) -> None:
 
     def join(node: ast.Join | None) -> None:
         if node is not None:
-            parts = [] if node.value is None else [_join_value(node.value)]
-            if node.context is not None:
-                context = node.context
-                parts.append(f"{context.kind}({context.positions})" if context.kind == "stitch" else context.kind)
-            lines.append("  " * (depth + 1) + " ".join(["Join", *parts]))
+            lines.append("  " * (depth + 1) + " ".join(["Join", *_join_parts(node)]))
 
     match node:
         case ast.Write(role, value):

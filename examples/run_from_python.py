@@ -1,6 +1,6 @@
 """Run a plan from Python: a host function, several inputs in one batch, and the events as they come.
 
-    python examples/run_from_python.py [MODEL]
+python examples/run_from_python.py [MODEL]
 """
 
 from __future__ import annotations

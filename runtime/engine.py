@@ -15,9 +15,10 @@ from anabranch.compiler.bounds import Bounds
 from anabranch.compiler.graph import Graph
 from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.scheduler import Machine, Scheduler, Step, Thread
+from anabranch.compiler.sizes import ModelSizes
 from anabranch.dsl.ast import Program
 from anabranch.dsl.check import Target
-from anabranch.dsl.diagnostics import Diagnostic, PlanError, Span
+from anabranch.dsl.diagnostics import Span
 from anabranch.dsl.parse import parse_text
 from anabranch.dsl.spec import Value
 from anabranch.dsl.values import EvaluationError
@@ -154,7 +155,7 @@ class Run:
 
     def check_position(self, position: int) -> None:
         """Positions end with the model's context."""
-        most = self.engine.model.decoder.config.max_context
+        most = self.engine.max_context
         if position > most:
             raise BranchStopped(f"the text is longer than the model's context of {most} tokens")
 
@@ -196,6 +197,8 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.chat = model.chat
         self.constraints = Constraints(model.tokenizer)
+        self.sizes = ModelSizes(model.tokenizer, model.chat)
+        self.max_context = shape.max_context
         self.scheduler = Scheduler(self.machine)
         self.num_steps = 0
         self._tasks: dict[Thread, Task] = {}
@@ -361,17 +364,6 @@ class Engine:
         graph = run.graph
         plan = graph.plans[graph.main]
         child = run.bounds.root()
-        if child.need.peak > self.machine.pages:
-            raise PlanError(
-                Diagnostic(
-                    "pool-too-small",
-                    f"the plan needs {child.need.peak} pages even when its branches run one after another, "
-                    f"and the pool has {self.machine.pages}",
-                    plan.span,
-                    help=f"give it at least {child.need.peak} pages, or lower `max`",
-                ),
-                run.compiled.program.source,
-            )
         context = self._empty_context()
         names = {param: run.inputs[param] for param in plan.params}
         run.root = Task(self, run, (), context, plan.region, names, budget=plan.limits.budget, plan=plan.name)
@@ -438,7 +430,7 @@ class Engine:
             label=branch.label,
             budget=branch.budget,
             depth=fork.depth,
-            critical=parent.critical,
+            critical=fork.critical,
             plan=fork.callee or parent.plan,
             own_names=tuple(branch.names),
             generated=branch.generated,
@@ -517,6 +509,7 @@ class Engine:
         assert task.thread is not None
         fork.depth = task.depth + 1 if fork.callee == task.plan else 0 if fork.callee is not None else task.depth
         task.fork = fork
+        fork.critical = task.critical
         fork.scheduled = self.scheduler.fork(task.thread, fork.needs, base=task.num_pages(), limit=fork.limits.limit)
         self._forks[fork.scheduled] = fork
         if fork.limits.deadline_s is not None:
@@ -760,32 +753,28 @@ class Engine:
         )
 
     def _sample(self, sampling: Sequence[tuple[_Work, Context, Tensor]]) -> None:
-        """Draw one token for each, and push it into its gen and context."""
-        draws: list[Draw] = []
-        rows: list[Tensor] = []
-        masks: list[Tensor | None] = []
-        failed: list[int] = []
-        for place, (work, _, row) in enumerate(sampling):
+        """Draw one token for each gen, and push it into the gen and its context."""
+        able: list[tuple[Task, Context, Draw, Tensor, Tensor | None]] = []
+        for work, context, row in sampling:
             assert work.draw is not None
-            draws.append(work.draw)
-            rows.append(row)
-            masks.append(work.draw.generation.mask())
-            if masks[-1] is not None and not bool(masks[-1].any()):
-                failed.append(place)
-        logits = torch.stack(rows)
-        tokens = self._draw(logits, draws, masks, [work.task for work, _, _ in sampling])
-        wants = [i for i, d in enumerate(draws) if d.wants_logprobs]
+            mask = work.draw.generation.mask()
+            if work.draw.generation.done:
+                # Nothing of the type fits in what is left.
+                context.logits = row.clone()
+            else:
+                able.append((work.task, context, work.draw, row, mask))
+        if not able:
+            return
+        draws = [request for _, _, request, _, _ in able]
+        logits = torch.stack([row for _, _, _, row, _ in able])
+        tokens = self._draw(logits, draws, [mask for *_, mask in able], [task for task, *_ in able])
+        wants = [i for i, request in enumerate(draws) if request.wants_logprobs]
         found: dict[int, float] = {}
         if wants:
             index = torch.tensor(wants)
             found = dict(zip(wants, logprob(logits[index], tokens[index]).tolist(), strict=True))
         for place, token in enumerate(tokens.tolist()):
-            work, context, row = sampling[place]
-            task, request = work.task, draws[place]
-            if place in failed:
-                request.generation.cut("failed", "no token fits the type within `max`")
-                context.logits = row.clone()
-                continue
+            task, context, request, row, _ = able[place]
             self._take(task, context, request, token, found.get(place, 0.0), row)
 
     def _take(self, task: Task, context: Context, request: Draw, token: int, log: float, row: Tensor) -> None:

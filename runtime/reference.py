@@ -799,8 +799,7 @@ class _Run:
         scope: Scope,
     ) -> Value:
         """Run the branches and read their join. Raises _Unmet."""
-        if not all(limits.fresh or arm.limits.fresh for arm in arms):
-            self._open_turn(thread)
+        self._open_turn(thread)
         self._seal(thread)
         outcomes = [self._branch(thread, plan, site, arm, limits, scope) for arm in arms]
         event = self._next(self.joins, thread, "join")
@@ -935,6 +934,7 @@ class _Run:
         items = self._list(thread, stmt.over, scope)
         if not items:
             raise _Failed(f"`{site}` has nothing to reduce")
+        self._open_turn(thread)
         num_started = 0
         while len(items) > 1:
             groups = [items[i : i + by] for i in range(0, len(items), by)]

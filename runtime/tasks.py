@@ -145,6 +145,7 @@ class ForkState:
     finished: dict[int, Task] = field(default_factory=dict)
     closed: bool = False
     depth: int = 0
+    critical: int = 0
     base_view: View | None = None
 
 
@@ -229,7 +230,9 @@ class Task:
 
     def _walk(self, branch: Branch | None) -> Steps:
         if branch is not None and branch.prompt is not None:
+            start = self.context.position
             self._write(branch.prompt, hold_space=branch.hold_space)
+            self._within(start, self.run.bounds.start_of(self.region).rows)
         returned = yield from self._region(self.region)
         value = returned.value if returned is not None else "".join(self.text)
         if self.parent is not None and self.parent.join.spec.context == "stitch":
@@ -252,7 +255,9 @@ class Task:
         for node in region.nodes:
             match node:
                 case graph.Write():
+                    start = self.context.position
                     self._statement(node)
+                    self._within(start, self.run.bounds.feed(node).rows)
                 case graph.Decode():
                     yield from self._decode(node)
                 case graph.Fork():
@@ -357,6 +362,12 @@ class Task:
         self.context.push(ids[len(ids) - again :], Row.REPREFILL)
         self.run.check_position(self.context.position)
 
+    def _within(self, start: int, most: int) -> None:
+        """What was written from position `start` on is at most what admission counted on."""
+        rows = self.context.position - start
+        if rows > most:
+            raise BranchStopped(f"the text takes {rows} tokens, and at most {most} were counted for it")
+
     def _open_assistant(self) -> None:
         if self.context.role == "between":
             self.context.role = "assistant"
@@ -380,9 +391,11 @@ class Task:
         self._push(turn, node.value)
 
     def _decode(self, node: graph.Decode) -> Steps:
+        start = self.context.position
         self._open_assistant()
         if node.prompt is not None:
             self._write(node.prompt, hold_space=True)
+        self._within(start, self.run.bounds.feed(node).rows)
         held, self.held_space = self.held_space, False
         spec = node.spec
         if spec.recorded is not None:
@@ -531,8 +544,8 @@ class Task:
             arms = [node.arms[0]] * width
         else:
             arms = [arm for arm in node.arms for _ in range(arm.multiplicity)]
-        needs = self.run.bounds.children(node, len(arms))
-        shares = self._shares(node, [self.run.bounds.tokens(arm.region) for arm in arms], node.limits)
+        needs = self.run.bounds.children(node, len(arms), self.depth)
+        shares = self._shares(node, [self.run.bounds.tokens(arm.region, self.depth) for arm in arms], node.limits)
 
         def branch(index: int) -> Branch:
             arm = arms[index]
@@ -550,8 +563,8 @@ class Task:
 
     def _map(self, node: graph.Map) -> Steps:
         items = self._items(node.over, node.most)
-        needs = self.run.bounds.children(node, len(items))
-        shares = self._shares(node, [self.run.bounds.tokens(node.region)] * len(items), node.limits)
+        needs = self.run.bounds.children(node, len(items), self.depth)
+        shares = self._shares(node, [self.run.bounds.tokens(node.region, self.depth)] * len(items), node.limits)
 
         def branch(index: int) -> Branch:
             names: dict[str, Value] = {node.item: items[index]}
@@ -577,12 +590,13 @@ class Task:
         values = self._items(node.over, node.most)
         if not values:
             raise BranchStopped("`reduce` of nothing")
+        self._open_assistant()
         started = 0
         while len(values) > 1:
             groups = [values[i : i + node.by] for i in range(0, len(values), node.by)]
             run = [i for i, group in enumerate(groups) if len(group) > 1]
-            needs = self.run.bounds.children(node, len(run))
-            shares = self._shares(node, [self.run.bounds.tokens(node.region)] * len(run), node.limits)
+            needs = self.run.bounds.children(node, len(run), self.depth)
+            shares = self._shares(node, [self.run.bounds.tokens(node.region, self.depth)] * len(run), node.limits)
             first = started
 
             def branch(
@@ -610,8 +624,8 @@ class Task:
         if depth > plan.depth:
             raise BranchStopped(f"`{plan.name}` calls itself deeper than {plan.depth}")
         names = {name: self._evaluate(value) for name, value in node.args}
-        needs = self.run.bounds.children(node, 1)
-        shares = self._shares(node, [self.run.bounds.tokens(plan.region)], node.limits)
+        needs = self.run.bounds.children(node, 1, self.depth)
+        shares = self._shares(node, [self.run.bounds.tokens(plan.region, depth)], node.limits)
         budget = _least(shares[0], plan.limits.budget)
 
         def branch(index: int) -> Branch:
@@ -633,7 +647,7 @@ class Task:
 
     def _shares(self, node: graph.Node, worst: Sequence[int], limits: Limits) -> Sequence[int | None]:
         """What each branch may decode: its worst case where all of those fit, else an equal share."""
-        left = None if self.budget is None else self.budget - self.spent - self.charged - self.run.bounds.rest(node)
+        left = None if self.budget is None else self.budget - self.spent - self.charged - self.run.bounds.rest(node, self.depth)
         left = _least(left, limits.budget)
         if left is None or not worst:
             return [None] * len(worst)
@@ -656,8 +670,8 @@ class Task:
         callee: str | None = None,
     ) -> Generator[Request, Any, Value]:
         context = self.context
+        self._open_assistant()
         if not fresh:
-            self._open_assistant()
             if self.held_space:
                 # A space held back for a gen that did not come belongs to the text after all.
                 self.held_space = False

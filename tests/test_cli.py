@@ -20,7 +20,8 @@ from anabranch.cli import live
 from anabranch.cli.app import app
 from anabranch.cli.text import json_text, one_line, printable
 from anabranch.dsl.printer import format_source
-from anabranch.runtime.events import BranchEnded, BranchStarted, Event, GenEnded, Joined, Path as ThreadPath, TextDelta
+from anabranch.runtime.events import BranchEnded, BranchStarted, Event, GenEnded, Joined, TextDelta
+from anabranch.runtime.events import Path as ThreadPath
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,8 +83,8 @@ def write(folder: Path, text: str | bytes, name: str = "a.plan") -> str:
 
 
 def run_random(file: str, *args: str) -> Any:
-    """`run` on the random model."""
-    return cli("run", file, "--model", "random", *args)
+    """`run` on the random model, in a pool that takes no time to make."""
+    return cli("run", file, "--model", "random", "--pages", "2048", *args)
 
 
 def document(result: Any) -> Any:
@@ -162,7 +163,7 @@ def test_check_shows_warnings(tmp_path: Path) -> None:
 
 def test_check_with_a_model_knows_its_context(tmp_path: Path) -> None:
     """With a model, a worst case longer than its context is an error, which without one is only said to be skipped."""
-    file = write(tmp_path, "a = plan() { text(\"x\"); b = gen(max=70000); return(b); }")
+    file = write(tmp_path, 'a = plan() { text("x"); b = gen(max=70000); return(b); }')
     assert cli("check", file).exit_code == 0
     result = cli("check", file, "--model", "random")
     assert result.exit_code == 1
@@ -258,6 +259,46 @@ def test_show_is_quiet_when_its_reader_leaves(plan: str) -> None:
     os.close(writer)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 1
+
+
+# --- explain
+
+
+def test_explain_tells_the_worst_case(plan: str) -> None:
+    """The published figures are there by name, for a person and as JSON."""
+    text = cli("explain", plan, "--baseline", "24").stdout
+    for name in ("parallelism ratio", "acceleration ratio", "token latency speedup", "pages, depth first", "steps"):
+        assert name in text
+    found = document(cli("explain", plan, "--baseline", "24", "--json"))
+    assert (found["total_tokens"], found["critical_path_tokens"]) == (12, 4)
+    assert (found["parallelism_ratio"], found["token_latency_speedup"]) == (3, 6)
+    assert found["acceleration_ratio"] == pytest.approx(2 / 3)
+    assert found["tokens_reprefilled"] == 0
+
+
+def test_explain_counts_what_a_model_and_inputs_make_known(plan: str) -> None:
+    """With a model and the inputs the tokens are counted by its tokenizer, not bounded by bytes."""
+    found = document(cli("explain", plan, "--model", "random", "--pages", "64", "--input", "q=why", "--json"))
+    longer = document(cli("explain", plan, "--model", "random", "--pages", "64", "--input", "q=why not", "--json"))
+    assert found["exact_sizes"] is True
+    assert found["unbounded"] == []
+    assert longer["tokens_prefilled"] == found["tokens_prefilled"] + 4
+
+
+def test_explain_bounds_what_a_run_takes(plan: str) -> None:
+    """A run never exceeds what was explained."""
+    bound = document(cli("explain", plan, "--model", "random", "--pages", "2048", "--input", "q=why", "--json"))
+    counts = document(run_random(plan, "--input", "q=why", "--json"))["counts"]
+    for name in ("total_tokens", "critical_path_tokens", "tokens_prefilled", "tokens_aliased", "tokens_flushed"):
+        assert counts[name] <= bound[name]
+    assert counts["steps"] <= bound["steps_bound"]
+
+
+def test_explain_refuses_a_pool_that_is_too_small(plan: str) -> None:
+    """A pool below the depth-first peak is refused here too."""
+    result = cli("explain", plan, "--pages", "1")
+    assert result.exit_code == 1
+    assert "error[pool-too-small]" in result.stderr
 
 
 # --- run
@@ -394,7 +435,7 @@ def test_run_refuses_a_pool_that_is_too_small(plan: str) -> None:
 
 def test_run_says_why_a_plan_failed(tmp_path: Path) -> None:
     """A failed run exits 1, says why, and still prints its JSON object."""
-    file = write(tmp_path, "a = plan() { text(\"x\"); n = gen(type=int, max=3); need(n == n + 1); return(n); }")
+    file = write(tmp_path, 'a = plan() { text("x"); n = gen(type=int, max=3); need(n == n + 1); return(n); }')
     result = run_random(file, "--json")
     assert result.exit_code == 1
     found = document(result)
@@ -408,12 +449,14 @@ def test_run_says_why_a_plan_failed(tmp_path: Path) -> None:
 
 def test_run_calls_host_functions(tmp_path: Path) -> None:
     """A module's public functions can be called; one that raises fails its branch and says how."""
-    module = write(tmp_path, "def double(x):\n    return 2 * x\ndef fail(x):\n    raise RuntimeError('no luck')\n", "f.py")
-    good = write(tmp_path, "a = plan(n: int) { text(\"x\"); g = gen(max=1); m = double(n); return(m); }")
+    module = write(
+        tmp_path, "def double(x):\n    return 2 * x\ndef fail(x):\n    raise RuntimeError('no luck')\n", "f.py"
+    )
+    good = write(tmp_path, 'a = plan(n: int) { text("x"); g = gen(max=1); m = double(n); return(m); }')
     assert document(run_random(good, "--functions", module, "--input", "n=4", "--json"))["value"] == 8
     assert cli("check", good, "--functions", module).exit_code == 0
     assert cli("check", good).exit_code == 1
-    bad = write(tmp_path, "a = plan(n: int) { text(\"x\"); m = fail(n); return(m); }", "b.plan")
+    bad = write(tmp_path, 'a = plan(n: int) { text("x"); m = fail(n); return(m); }', "b.plan")
     failed = run_random(bad, "--functions", module, "--input", "n=4", "--json")
     assert failed.exit_code == 1
     assert "no luck" in document(failed)["reason"]
@@ -450,8 +493,12 @@ long = plan() {
 @pytest.mark.parametrize("as_json", [True, False])
 def test_run_stops_cleanly_on_an_interrupt(tmp_path: Path, as_json: bool) -> None:
     """Ctrl-C ends the run with what was finished: exit 1, one JSON object, no traceback."""
-    functions = write(tmp_path, "import sys\ndef started(x):\n    print('started', file=sys.stderr, flush=True)\n    return x\n", "f.py")
-    args = ["run", write(tmp_path, LONG), "--model", "random", "--functions", functions]
+    functions = write(
+        tmp_path,
+        "import sys\ndef started(x):\n    print('started', file=sys.stderr, flush=True)\n    return x\n",
+        "f.py",
+    )
+    args = ["run", write(tmp_path, LONG), "--model", "random", "--pages", "2048", "--functions", functions]
     process = child(*args, *(["--json"] if as_json else []))
     assert process.stderr is not None
     for line in process.stderr:

@@ -39,9 +39,9 @@ def model(name: str) -> anabranch.LoadedModel:
     return anabranch.load(name)
 
 
-def run(name: str, on: str, *, deterministic: bool = False) -> anabranch.RunResult:
+def run(name: str, on: str) -> anabranch.RunResult:
     """The example `name` on a model, and what must hold of any run checked."""
-    engine = anabranch.Engine(model(on), anabranch.EngineConfig(deterministic=deterministic))
+    engine = anabranch.Engine(model(on), anabranch.EngineConfig(pages=1024, deterministic=name != "prove"))
     program = anabranch.parse(anabranch.read_source(EXAMPLES / f"{name}.plan"))
     param, text = INPUTS[name]
     [result] = engine.run(program, {param: text})

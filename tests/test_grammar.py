@@ -91,7 +91,7 @@ def _tokenizer() -> LLTokenizer:
 
 @cache
 def _matcher() -> LLMatcher:
-    matcher = LLMatcher(_tokenizer(), llguidance_grammar())
+    matcher = LLMatcher(_tokenizer(), llguidance_grammar(), log_level=0)
     assert not matcher.get_error()
     return matcher
 

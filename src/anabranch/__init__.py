@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from anabranch.runtime.engine import Engine, EngineConfig, Interrupted, RunResult, StreamEvent
     from anabranch.runtime.models import LoadedModel, load
 
-__version__: Final = "0.1.0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Checked",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -13,7 +13,7 @@ import anabranch
 from anabranch.cli.errors import reporting
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     """What `show` prints."""
 
     AST = "ast"
@@ -21,14 +21,14 @@ class Stage(str, Enum):
     SCHEDULE = "schedule"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What a model computes in."""
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
 
 
-class Template(str, Enum):
+class Template(StrEnum):
     """Which chat template stands around the turns."""
 
     RAW = "raw"
@@ -118,6 +118,45 @@ def show(
         from anabranch.cli.show import show_stage
 
         show_stage(file, stage.value, plan, functions)
+
+
+@app.command()
+def explain(
+    file: File,
+    plan: Plan = None,
+    input: Input = None,
+    lanes: Lanes = 64,
+    pages: Pages = None,
+    page_size: PageSize = 16,
+    chunk: Chunk = 512,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Count tokens as this model does, and hold its context against."),
+    ] = None,
+    baseline: Annotated[
+        int | None,
+        typer.Option("--baseline", metavar="TOKENS", min=1, help="Tokens of a sequential answer, to compare with."),
+    ] = None,
+    functions: Functions = None,
+    json: Json = False,
+) -> None:
+    """Tell what a plan may cost at most, before it runs."""
+    with reporting():
+        from anabranch.cli.explain import Settings, explain_file
+
+        settings = Settings(
+            plan=plan,
+            inputs=tuple(input or ()),
+            lanes=lanes,
+            pages=pages,
+            page_size=page_size,
+            chunk=chunk,
+            model=model,
+            baseline=baseline,
+            functions=functions,
+            as_json=json,
+        )
+        explain_file(file, settings)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from anabranch.dsl.diagnostics import did_you_mean
 from anabranch.dsl.spec import Value
 from anabranch.dsl.types import AnyType, Bool, Float, Int, ListOf, Record, Text, Type, of_bound, show
 
-_JSON_HELP: Final = "write JSON, such as `xs=[\"a\", \"b\"]` or `n=3`"
+_JSON_HELP: Final = 'write JSON, such as `xs=["a", "b"]` or `n=3`'
 
 
 def read_inputs(plan: PlanDef, given: Sequence[str], file: str | None) -> list[dict[str, Value]]:
@@ -31,8 +31,18 @@ def read_inputs(plan: PlanDef, given: Sequence[str], file: str | None) -> list[d
     common = dict(_read_pair(text, types, plan) for text in given)
     runs = [common] if file is None else [{**common, **line} for line in _read_lines(file)]
     for number, values in enumerate(runs, 1):
-        _check(values, types, plan, f" (line {number} of `{file}`)" if file is not None else "")
+        where = f" (line {number} of `{file}`)" if file is not None else ""
+        _check_values(values, types, plan, where)
+        _check_all_given(values, types, plan, where)
     return runs
+
+
+def read_some(plan: PlanDef, given: Sequence[str]) -> dict[str, Value]:
+    """The inputs in `given`, as `read_inputs` reads them; none need be there."""
+    types = {param.name: of_bound(param.bound) for param in plan.params}
+    values = dict(_read_pair(text, types, plan) for text in given)
+    _check_values(values, types, plan, "")
+    return values
 
 
 def _read_pair(text: str, types: Mapping[str, Type], plan: PlanDef) -> tuple[str, Value]:
@@ -88,13 +98,16 @@ def _no_constant(text: str) -> Value:
     raise ValueError(f"`{text}` is no number")
 
 
-def _check(values: Mapping[str, Value], types: Mapping[str, Type], plan: PlanDef, where: str) -> None:
+def _check_values(values: Mapping[str, Value], types: Mapping[str, Type], plan: PlanDef, where: str) -> None:
     for name, value in values.items():
         if name not in types:
             _unknown(name, types, plan, where)
         reason = _mismatch(value, types[name])
         if reason:
             fail("bad-input", f"the input `{name}` takes {show(types[name])}, and {reason}{where}", _JSON_HELP)
+
+
+def _check_all_given(values: Mapping[str, Value], types: Mapping[str, Type], plan: PlanDef, where: str) -> None:
     missing = [name for name in types if name not in values]
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
@@ -144,5 +157,11 @@ def _mismatch(value: Value, t: Type) -> str:
 
 
 def _kind(value: Value) -> str:
-    kinds: dict[type, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list"}
+    kinds: dict[type, str] = {
+        str: "text",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        list: "a list",
+    }
     return kinds.get(type(value), "null" if value is None else "an object")

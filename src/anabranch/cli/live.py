@@ -151,7 +151,7 @@ class Branches:
                 pass
 
     def rows(self, most: int) -> list[_Branch]:
-        """At most `most` threads in the tree's order: what runs first of all, then what ended last; parents included."""
+        """At most `most` threads, in the tree's order: those that run, then those that ended last, with parents."""
         chosen: dict[int, _Branch] = {}
 
         def choose(branch: _Branch) -> bool:

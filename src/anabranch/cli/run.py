@@ -47,7 +47,8 @@ class Settings:
 def run_file(file: str, settings: Settings) -> None:
     """Run a plan of `file` and print what it came to.
 
-    Raises typer.Exit with code 1 unless every run ended ok, and PlanError if the plan, its inputs or the model are wrong.
+    Raises typer.Exit with code 1 unless every run ended ok, and PlanError if the plan, its inputs or the model are
+    wrong.
     """
     program = read_program(file)
     plan = chosen_plan(program, settings.plan)
