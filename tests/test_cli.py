@@ -282,7 +282,7 @@ def test_explain_counts_what_a_model_and_inputs_make_known(plan: str) -> None:
     longer = document(cli("explain", plan, "--model", "random", "--pages", "64", "--input", "q=why not", "--json"))
     assert found["exact_sizes"] is True
     assert found["unbounded"] == []
-    assert longer["tokens_prefilled"] == found["tokens_prefilled"] + 4
+    assert found["tokens_prefilled"] < longer["tokens_prefilled"] <= found["tokens_prefilled"] + 4
 
 
 def test_explain_bounds_what_a_run_takes(plan: str) -> None:
@@ -501,8 +501,11 @@ def test_run_stops_cleanly_on_an_interrupt(tmp_path: Path, as_json: bool) -> Non
     args = ["run", write(tmp_path, LONG), "--model", "random", "--pages", "2048", "--functions", functions]
     process = child(*args, *(["--json"] if as_json else []))
     assert process.stderr is not None
+    # A line from each of the two branches, by way of the host function.
+    waiting = 2
     for line in process.stderr:
-        if line.startswith("started"):
+        waiting -= line.startswith("started")
+        if not waiting:
             break
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
