@@ -33,8 +33,9 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A worker a core with one thread each; a file's tests stay together, since they share the model they load.
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: venv
 	$(BIN)/python benchmarks/pages.py
