@@ -245,7 +245,8 @@ class Task:
         if len(context.unfed) > 1 or any(u.row is not Row.DECODE for u in context.unfed):
             # Known text at the end is the branch's own prefill.
             yield Feed()
-        if fork.join.spec.kind == "all" or (fork.join.spec.count or 1) > 1:
+        spec = fork.join.spec
+        if spec.kind == "all" or (spec.kind == "first" and (spec.count or 1) > 1):
             if fork.width > 1:
                 context.logits = None
         elif fork.width > KEPT_LOGITS and not context.unfed and context.segment is not None and context.segment.length:
