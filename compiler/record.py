@@ -521,7 +521,7 @@ class _Clock:
         free = machine.pages - scheduler.reserved
         inner = Machine(
             lanes=machine.lanes - (len(scheduler.seated) - len(group)),
-            pages=free + sum(thread.need.peak for thread in threads),
+            pages=max(1, free + sum(thread.need.peak for thread in threads)),
             page_size=machine.page_size,
             chunk=machine.chunk,
         )
