@@ -704,9 +704,8 @@ class PlanBounds:
                 replace(self._known(start), steps=0, overhead_steps=0),
                 *self._row(region, depth, budget, start.rows),
             ]
-            free = in_a_row(row, self.machine.page_size)
-            cost = within(free, budget, self.machine.page_size)
-            self.budget_binds = self.budget_binds or cost is not free
+            cost = within(in_a_row(row, self.machine.page_size), budget, self.machine.page_size)
+            self.budget_binds = self.budget_binds or budget is not None
             found = self._costs[at].threads[region.entry] = cost
         return found
 
@@ -823,7 +822,10 @@ class PlanBounds:
     def _opened(self, node: Fork | Map | Reduce | Call, cost: Cost) -> Cost:
         """With what opens the assistant's turn before the branches start."""
         opening = self.fed.at.get(node.dst, NOTHING)
-        return in_a_row([self._known(opening), cost], self.machine.page_size) if opening.rows else cost
+        if not opening.rows:
+            return cost
+        # It may be open already, after a condition: then a token left unfed before it is flushed.
+        return replace(in_a_row([self._known(opening), cost], self.machine.page_size), seals_first=True)
 
     def _joined(self, node: Node) -> Feed:
         return NOTHING if isinstance(node, _CONTEXTLESS) else self.fed.joined.get(node.dst, NOTHING)
@@ -854,7 +856,9 @@ class PlanBounds:
                 if called is None:
                     return [], _DROPPED
                 plan, below = called
-                cost = within(plan.thread(below), left, self.machine.page_size)
+                called_cost = plan.thread(below)
+                cost = within(called_cost, left, self.machine.page_size)
+                self.budget_binds = self.budget_binds or cost is not called_cost
                 if limits.fresh:
                     cost = in_a_row([self._known(Feed(self.start)), cost], self.machine.page_size)
                 return [_Branches(cost, 1, limits.fresh, limits.retry, left)], _DROPPED

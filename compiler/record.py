@@ -188,8 +188,10 @@ class _Recorder:
         """`run` holds `pages` more."""
         run.pages += pages
         self.pages += pages
-        if self.pages > self.pages_peak:
-            self.pages_peak = self.pages
+
+    def note_peak(self) -> None:
+        """Between two calls, when options that were scored have been taken back."""
+        self.pages_peak = max(self.pages_peak, self.pages)
 
     def grow(self, run: _Run, tokens: int) -> None:
         """`run` writes `tokens` into its open segment."""
@@ -219,9 +221,10 @@ class _Recorder:
 
     # --- walks
 
-    def walk_thread(self, run: _Run, region: Region) -> _Walk:
+    def walk_thread(self, run: _Run, region: Region, *, fresh_call: bool = False) -> _Walk:
         """Walk a thread from its start to its end."""
-        rows = run.plan.fed.starts[region.entry].rows if region.entry in run.plan.fed.starts else 0
+        rows = run.plan.start if fresh_call else 0
+        rows += run.plan.fed.starts[region.entry].rows if region.entry in run.plan.fed.starts else 0
         return self._walk(run, region, rows)
 
     def _walk(self, run: _Run, region: Region, rows: int = 0) -> _Walk:
@@ -387,7 +390,8 @@ class _Clock:
         run = _Run(recorder.num_threads, kind.plan, kind.depth, group, recorder.new_segments(1), thread=thread)
         recorder.num_threads += 1
         self._runs[thread] = run
-        run.walk = recorder.walk_thread(run, kind.region)
+        called = isinstance(group.request.node, Call)
+        run.walk = recorder.walk_thread(run, kind.region, fresh_call=called and kind.fresh)
         group.numbers.append(run.number)
         return run
 
@@ -509,6 +513,7 @@ class _Clock:
             beside = True
         if draws:
             self.steps.append(DecodeStep(_parts(draws), step.repeat, beside))
+        recorder.note_peak()
 
     # --- loops and arms
 
@@ -521,7 +526,7 @@ class _Clock:
         free = machine.pages - scheduler.reserved
         inner = Machine(
             lanes=machine.lanes - (len(scheduler.seated) - len(group)),
-            pages=free + sum(thread.need.peak for thread in threads),
+            pages=max(1, free + sum(thread.need.peak for thread in threads)),
             page_size=machine.page_size,
             chunk=machine.chunk,
         )
@@ -588,6 +593,7 @@ class _Clock:
             was.put_back()
         recorder.pages = pages
         merged = [self._merge(was, [end[place] for end in ends]) for place, was in enumerate(before)]
+        recorder.note_peak()
         _keep_first_seal(group, sealed)
         ref = (group[0].plan.plan.name, node.dst)
         moved = tuple(tuple(after.moved for after in end) for end in ends)

@@ -207,6 +207,11 @@ class _Value:
     number: bool = False
     known: tuple[Any, ...] = ()
 
+    def again(self) -> Amount:
+        """Tokens that count as fed again where the whole value is interpolated: all of them if any came out of the
+        model."""
+        return ZERO if self.generated == ZERO else self.tokens
+
     def put(self, values: Mapping[Symbol, Amount]) -> _Value:
         """With the symbols of `values` replaced."""
         return _Value(
@@ -447,7 +452,7 @@ class _Walk:
         else:
             around = Amount(self.sizes.turn(node.role) + (self.sizes.closer if flow.role & _OPEN else 0))
             flow.role = _CLOSED
-        self._feed(node.dst, around + text.tokens, text.generated)
+        self._feed(node.dst, around + text.tokens, _again(node.value, text))
         flow.written += text.tokens
 
     def _decode(self, node: Decode, scope: _Scope, flow: _Flow) -> None:
@@ -465,7 +470,8 @@ class _Walk:
             tokens, drawn = Amount(max(scored)), 0
         kept = tokens if not drawn else Amount(mended)
         rows = self._opened(flow) + prompt.tokens + kept
-        self._at.append((node.dst, rows, prompt.generated, forced, scored, drawn))
+        generated = ZERO if node.prompt is None else _again(node.prompt, prompt)
+        self._at.append((node.dst, rows, generated, forced, scored, drawn))
         flow.written += prompt.tokens + tokens
         if node.name is not None:
             value = tokens + AGAIN
@@ -486,9 +492,8 @@ class _Walk:
         written: list[tuple[Amount, int]] = []
         for arm in node.arms:
             names = {node.index: _Value(Amount(len(str(width))), number=True)} if node.index else {}
-            prompt = _NONE if arm.prompt is None else self._value(arm.prompt, scope)
             fresh = arm.limits.fresh or node.limits.fresh
-            value, key, own = self._branch(arm.region, _Scope(scope, names), flow, fresh, node.join.key, prompt)
+            value, key, own = self._branch(arm.region, _Scope(scope, names), flow, fresh, node.join.key, arm.prompt)
             yields.append(value)
             keys.append(key)
             written.append((own, arm.multiplicity))
@@ -502,7 +507,7 @@ class _Walk:
         if node.index:
             names[node.index] = _Value(Amount(len(str(node.most))), number=True)
         inner = _Scope(scope, names)
-        value, key, own = self._branch(node.region, inner, flow, node.limits.fresh, node.join.key, _NONE)
+        value, key, own = self._branch(node.region, inner, flow, node.limits.fresh, node.join.key)
         joined = self._join_value(node.join, [value], [None], [key], node.most, node.limits, scope)
         self._join(node.dst, node.name, node.join, joined, [(own, node.most)], scope, flow)
 
@@ -513,7 +518,7 @@ class _Walk:
         # A group's size is a symbol: what a merge yields is an item of the next level.
         name = self.table.fresh()
         group = self._list_of(_Value(symbol(name), symbol(name)), node.by)
-        value, _, _ = self._branch(node.region, _Scope(scope, {node.item: group}), flow, node.limits.fresh, None, _NONE)
+        value, _, _ = self._branch(node.region, _Scope(scope, {node.item: group}), flow, node.limits.fresh, None)
         held = after_rounds({name: item.tokens}, {name: value.tokens}, levels(node.most, node.by))
         self.table.tell(name, held[name])
         if node.name is not None:
@@ -575,11 +580,19 @@ class _Walk:
     # --- branches and joins
 
     def _branch(
-        self, region: Region, scope: _Scope, parent: _Flow, fresh: bool, key: str | None, prompt: _Value
+        self,
+        region: Region,
+        scope: _Scope,
+        parent: _Flow,
+        fresh: bool,
+        key: str | None,
+        written: ast.Expr | None = None,
     ) -> tuple[_Value, _Value, Amount]:
         """Walk a branch; returns what it yields, the join's key in it, and the tokens of its own text."""
+        prompt = _NONE if written is None else self._value(written, scope)
+        generated = ZERO if written is None else _again(written, prompt)
         flow = _Flow(_EMPTY if fresh else parent.role, prompt.tokens)
-        self._starts.append((region.entry, prompt.tokens + (self.sizes.start if fresh else 0), prompt.generated))
+        self._starts.append((region.entry, prompt.tokens + (self.sizes.start if fresh else 0), generated))
         self._region(region, scope, flow)
         found = scope.get(key) if key is not None else _NONE
         return self._yielded(flow), found, flow.written
@@ -707,7 +720,10 @@ class _Walk:
             )
             return _Value(Amount(self._count(pieces)), known=("".join(text for text, _ in pieces),))
         inner = [value for value in values if isinstance(value, _Value)]
-        tokens, generated = _sum(inner)
+        tokens, _ = _sum(inner)
+        generated = ZERO
+        for value in inner:
+            generated += value.again()
         return _Value(tokens + sum(self._text(value) for value in values if isinstance(value, str)), generated)
 
     def _known(self, value: Any) -> _Value:
@@ -769,6 +785,11 @@ def _turns(region: Region) -> bool:
                 case _:
                     pass
     return False
+
+
+def _again(expr: ast.Expr, value: _Value) -> Amount:
+    """Tokens of a statement that count as fed again: of a string those of its parts, of anything else the whole."""
+    return value.generated if isinstance(expr, ast.Str) else value.again()
 
 
 def _sum(values: Sequence[_Value]) -> tuple[Amount, Amount]:

@@ -144,6 +144,7 @@ class _Check:
                     self._choose(step)
                 case _:
                     assert_never(step)
+            self.peak = max(self.peak, self.pages)
             self._limit(self.pages)
         self._around, self._place = outer
 
@@ -247,7 +248,6 @@ class _Check:
 
     def _use(self, pages: int) -> None:
         self.pages += pages
-        self.peak = max(self.peak, self.pages)
 
     # --- forks and joins
 
@@ -502,6 +502,7 @@ class _Wanted:
                     callee = bounds.plan_bounds(name)
                     below = depth + 1 if callee is plan else 0
                     if below <= callee.deepest:
+                        self.rows += times * plan.start if node.limits.fresh else 0
                         self._branch(bounds, callee, ref, callee.plan.region, below, times)
                 case Loop(region=inner):
                     self._region(bounds, plan, inner, depth, times)

@@ -8,7 +8,7 @@ from itertools import permutations, product
 from typing import Any, TypeAlias
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from strategies import Case, cases
 
@@ -23,6 +23,8 @@ from anabranch.compiler.scheduler import Machine, Need
 from anabranch.compiler.sizes import ByteSizes
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.parse import parse_text
+
+NO_SHRINK = [Phase.explicit, Phase.generate]  # a failing plan is small already, and shrinking takes minutes
 
 VOTE = """
 solve = plan(problem: text(20)) {
@@ -303,7 +305,7 @@ def test_either_holds_both_arms() -> None:
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, phases=NO_SHRINK, suppress_health_check=list(HealthCheck))
 def test_bounds_hold_of_the_recorded_worst_case(case: Case) -> None:
     """What the clock records, loops multiplied out and the larger arm taken, is within the bounds; without conditions,
     budgets and retries it is them."""
