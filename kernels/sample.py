@@ -421,7 +421,7 @@ def tree_sum(x: Floats) -> np.float32:
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
-    """log(sum(exp(logits))) over the last axis of [n, vocab]: [n] of the same dtype, natural log, each row by itself."""
+    """log(sum(exp(logits))) over the last axis of [n, vocab]: [n] of the same dtype, natural log, row by row."""
     values = logits.numpy()
     top = values.max(axis=-1)
     # A row at a time stays in the cache.

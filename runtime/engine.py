@@ -148,8 +148,10 @@ class Run:
         self.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in context.unfed)
         context.drop()
 
-    def at(self, span: Span) -> str:
-        """ ", line 4" of the plan's source."""
+    def at(self, span: Span | None) -> str:
+        """Where in the plan's source, as ` (line 4)`; empty where that is not known."""
+        if span is None:
+            return ""
         line, _ = self.compiled.program.source.position(span.start)
         return f" (line {line})"
 

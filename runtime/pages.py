@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -366,6 +367,8 @@ class KvStore:
 
     def __init__(self, pool: PagePool, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         shape = (num_kv_heads, pool.num_pages * pool.page_size, head_dim)
-        # Zeros come untouched from the operating system, page by page as they are first written.
-        self.k: list[Tensor] = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
-        self.v: list[Tensor] = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
+        # numpy's zeros come untouched from the operating system, page by page as they are first written; torch's are
+        # written at once, which costs a default pool 2 GiB and most of a second.
+        plain = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+        self.k: list[Tensor] = [torch.from_numpy(np.zeros(shape, dtype=plain)) for _ in range(num_layers)]
+        self.v: list[Tensor] = [torch.from_numpy(np.zeros(shape, dtype=plain)) for _ in range(num_layers)]
