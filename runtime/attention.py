@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -83,6 +84,7 @@ class _Call:
     slots: list[_Slots]
     parts: Tensor | None = None
     keys: slice | Tensor | None = None
+    stride: tuple[int, int] | None = None
     mask: Tensor | None = None
     windows: dict[int, Tensor | None] = field(default_factory=dict)
 
@@ -123,8 +125,9 @@ class StepAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [num_rows, num_heads, head_dim]; k, v: [num_rows, num_kv_heads, head_dim], before rotation."""
         store_k, store_v = self._store.k[layer], self._store.v[layer]
-        store_k[:, self._slots] = rotate(k, self._cos[: self.num_rows], self._sin[: self.num_rows]).transpose(0, 1)
-        store_v[:, self._slots] = v.transpose(0, 1)
+        keys = rotate(k, self._cos[: self.num_rows], self._sin[: self.num_rows])
+        store_k.index_copy_(1, self._slots, keys.transpose(0, 1))
+        store_v.index_copy_(1, self._slots, v.transpose(0, 1))
         if self._rows is None:
             queries = rotate(q, self._cos, self._sin)
         else:
@@ -133,6 +136,8 @@ class StepAttention:
         states = [self._run(call, queries, store_k, store_v, window) for call in self._calls]
         if self._num_parts == 1 and len(states) == 1 and self._calls[0].rows.numel() == self.num_rows:
             return states[0][0][self._order] if self._order is not None else states[0][0]
+        if self._aligned:
+            return merge_states(torch.stack([s[0] for s in states], 1), torch.stack([s[1] for s in states], 1))
         heads, dim = q.shape[1], q.shape[2]
         out = q.new_zeros(self.num_rows, self._num_parts, heads, dim)
         lse = q.new_full((self.num_rows, self._num_parts, heads), float("-inf"))
@@ -223,6 +228,9 @@ class StepAttention:
                 call.keys = _address(call.slots[0])
         self._num_parts = int(taken.max()) if self.num_rows else 0
         self._order: Tensor | None = None
+        # Every call covers every row, in order: its states are stacked as they come.
+        in_order = torch.arange(self.num_rows)
+        self._aligned = self._rows is None and all(torch.equal(call.rows, in_order) for call in self._calls)
         if self._num_parts == 1 and len(self._calls) == 1:
             order = rows[self._calls[0].rows]
             if order.tolist() != list(range(self.num_rows)):
@@ -233,31 +241,46 @@ class StepAttention:
         if len(call.slots) == 1 and len(call.slots[0].runs) == 1:
             call.keys = slice(*call.slots[0].runs[0])
             return
-        index = np.zeros((len(call.slots), longest), dtype=np.int64)
         lengths = np.asarray([s.length for s in call.slots])
+        hidden = torch.from_numpy(np.arange(longest)[None, :] >= lengths[:, None])
+        call.mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, float("-inf"))
+        call.stride = self._even_stride(call.slots, longest)
+        if call.stride is not None:
+            return
+        index = np.zeros((len(call.slots), longest), dtype=np.int64)
         for place, slots in enumerate(call.slots):
             filled = slots.index()
             index[place, : len(filled)] = filled
             # Padding reads a slot of the row's own: whatever stands in a free slot may not be finite.
             index[place, len(filled) :] = filled[0]
         call.keys = torch.from_numpy(index)
-        hidden = torch.from_numpy(np.arange(longest)[None, :] >= lengths[:, None])
-        call.mask = torch.zeros(index.shape, dtype=self._dtype).masked_fill_(hidden, float("-inf"))
+
+    def _even_stride(self, slots: Sequence[_Slots], longest: int) -> tuple[int, int] | None:
+        """(first slot, slots between rows) where the rows' runs lie at even distances, as those of siblings often do.
+
+        Such rows are read in place. What the shorter ones read past their end is masked, and finite: the pool begins as
+        zeros and only finite values are written to it.
+        """
+        if any(len(s.runs) != 1 for s in slots):
+            return None
+        starts = [s.runs[0][0] for s in slots]
+        step = starts[1] - starts[0] if len(starts) > 1 else longest
+        if step < 1 or any(b - a != step for a, b in pairwise(starts)):
+            return None
+        if starts[-1] + longest > self._store.k[0].shape[1]:
+            return None
+        return starts[0], step
 
     def _run(
         self, call: _Call, queries: Tensor, store_k: Tensor, store_v: Tensor, window: int | None
     ) -> tuple[Tensor, Tensor]:
         keys = call.keys
-        assert keys is not None
         all_rows = call.rows.numel() == queries.shape[0] and call.kind != "tails"
         q = queries if all_rows and call.rows[0] == 0 and self._rows is None else queries[call.rows]
         mask = self._window_mask(call, window) if window is not None else None
-        if call.kind == "tails" and isinstance(keys, Tensor):
-            seen = call.mask if mask is None else mask
-            assert seen is not None
-            k = store_k[:, keys].transpose(0, 1)
-            v = store_v[:, keys].transpose(0, 1)
-            states = attend_tails(q, k, v, seen, scale=self._scale)
+        if call.mask is not None:
+            k, v = (self._tails(call, store) for store in (store_k, store_v))
+            states = attend_tails(q, k, v, call.mask if mask is None else mask, scale=self._scale)
         elif call.kind == "causal":
             states = attend_causal(q, store_k[:, keys], store_v[:, keys], scale=self._scale, mask=mask)
         else:
@@ -269,14 +292,24 @@ class StepAttention:
         empty = ~torch.isfinite(lse)
         return out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
 
+    def _tails(self, call: _Call, store: Tensor) -> Tensor:
+        """[num_rows, num_kv_heads, longest, head_dim] of a padded call."""
+        if call.stride is None:
+            return store[:, call.keys].transpose(0, 1)
+        assert call.mask is not None
+        first, step = call.stride
+        kv_heads, _, dim = store.shape
+        shape = (call.mask.shape[0], kv_heads, call.mask.shape[1], dim)
+        return store.as_strided(shape, (step * dim, store.stride(0), dim, 1), first * dim)
+
     def _window_mask(self, call: _Call, window: int) -> Tensor | None:
         """The additive mask under a sliding window, or None where it hides nothing."""
         if window in call.windows:
             return call.windows[window]
         rows = call.rows.numpy()
         own = self._row_positions[np.asarray(self._row_of)[rows]]
-        if call.kind == "tails" and isinstance(call.keys, Tensor):
-            longest = call.keys.shape[1]
+        if call.mask is not None:
+            longest = call.mask.shape[1]
             positions = np.zeros((len(rows), longest), dtype=np.int64)
             for place, slots in enumerate(call.slots):
                 positions[place, : slots.length] = slots.positions()
