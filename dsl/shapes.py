@@ -120,7 +120,7 @@ class Shaper:
                 self._error(
                     "branch-outside-fork",
                     "a `branch` stands directly in a `fork`",
-                    Span(item.span.start, item.body.span.start),
+                    Span(item.span.start, item.span.start + len(item.label or "branch")),
                     help="put it in the block of a fork without a width: `x = fork() { a = branch() { ... }; };`",
                 )
                 continue

@@ -68,9 +68,7 @@ class JsonType:
     schema: str
 
 
-GenType: TypeAlias = (
-    TextType | IntType | FloatType | BoolType | LinesType | ChoiceType | RegexType | JsonType
-)
+GenType: TypeAlias = TextType | IntType | FloatType | BoolType | LinesType | ChoiceType | RegexType | JsonType
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
 

@@ -19,6 +19,12 @@ _LINK = re.compile(r"\.?([a-z_][a-z0-9_]*)|\[(-?[0-9]+)\]")
 _MAX_LINKS = 16
 """The longest chain of fields and indices in an interpolation; JSON values are not nested deeper in practice."""
 
+_NEAR = 200
+"""How far the `}` of a malformed interpolation is looked for, in characters."""
+
+_MAX_MISTAKES = 20
+"""How many malformed interpolations of one string are reported."""
+
 Report = Callable[[Diagnostic], None]
 
 
@@ -35,24 +41,23 @@ def read_string(quoted: str, start: int, report: Report) -> Str:
     parts: list[str | Name | Field | Index] = []
     literal: list[str] = []
     done = 0
+    mistakes = 0
     for hashes in _HASHES.finditer(raw):
         pairs, opens = divmod(len(hashes[1]), 2)
         literal.append(raw[done : hashes.start()] + "#" * pairs)
         done = hashes.end() - 1
         if not opens:
             continue
-        chain = _CHAIN.match(raw, hashes.end())
         at = start + width + hashes.end()
-        if chain is None:
-            report(_malformed(raw, hashes.end(), at))
+        chain = _CHAIN.match(raw, hashes.end())
+        value = _chain(chain[0], at) if chain is not None else None
+        if chain is None or value is None:
+            report(_malformed(raw, hashes.end(), at) if chain is None else _too_long(at))
+            mistakes += 1
+            if mistakes == _MAX_MISTAKES:
+                break
             continue
-        value = _chain(chain[0], at)
         done = chain.end()
-        if value is None:
-            report(
-                Diagnostic("bad-interpolation", f"more than {_MAX_LINKS} links in an interpolation", Span(at - 2, at))
-            )
-            continue
         if text := "".join(literal):
             parts.append(text)
         literal.clear()
@@ -61,6 +66,15 @@ def read_string(quoted: str, start: int, report: Report) -> Str:
     if text := "".join(literal):
         parts.append(text)
     return Str(tuple(parts), span)
+
+
+def _too_long(at: int) -> Diagnostic:
+    return Diagnostic(
+        "bad-interpolation",
+        f"more than {_MAX_LINKS} links in an interpolation",
+        Span(at - 2, at),
+        help="bind a part of it to a name first",
+    )
 
 
 def _chain(text: str, at: int) -> Name | Field | Index | None:
@@ -82,20 +96,20 @@ def _chain(text: str, at: int) -> Name | Field | Index | None:
 
 def _malformed(raw: str, inside: int, at: int) -> Diagnostic:
     """What is wrong with the interpolation whose inside begins at `raw[inside]`, offset `at` of the source."""
-    line = raw[inside:].split("\n", 1)[0]
-    closed = line.find("}")
-    if closed < 0:
+    # Looking no further than this keeps a text of many such mistakes linear.
+    near = raw[inside : inside + _NEAR].partition("\n")[0]
+    inner, closed, _ = near.partition("}")
+    if not closed:
         return Diagnostic(
             "bad-interpolation",
             "`#{` is never closed",
             Span(at - 2, at),
             help="close it with `}`, or write `##{` for the text `#{`",
         )
-    inner = line[:closed]
     return Diagnostic(
         "bad-interpolation",
         f"`#{{{_clip(inner)}}}` can't be interpolated",
-        Span(at - 2, at + closed + 1),
+        Span(at - 2, at + len(inner) + 1),
         note="a name, with fields and indices, may stand here",
         help="bind the value to a name first: `#{name}`, `#{x.field}`, `#{x[0]}`; write `##{` for the text `#{`",
     )

@@ -22,6 +22,7 @@ _A_PLAN = "a file holds plans: `name = plan(question) { ... }`"
 _COMMENT_OR_STRING = r'"""[^"]*(?:""?[^"]+)*"""|"[^"\n]*"|' + r"'[^'\n]*'|#[^\n]*"
 _BRACKET = re.compile(_COMMENT_OR_STRING + r"|(?P<bracket>[()\[\]{}])")
 _WORD = re.compile(r"[A-Za-z0-9_]+")
+_BLANK = re.compile(r"[ \t]{0,200}")
 _PLAN_HEADER = re.compile(r"=\s*plan\s*\([^{}]*\)\s*$")
 _COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
 _NEVER_FIRST = ("=", ",", ":", ")", "]", *_COMPARISONS)
@@ -151,6 +152,10 @@ class _Refused:
         return str(self.token.value)
 
     @property
+    def shown(self) -> str:
+        return self.word if len(self.word) <= _CLIP else self.word[:_CLIP] + "..."
+
+    @property
     def span(self) -> Span:
         return Span(self.token.start_pos or 0, self.token.end_pos or 0)
 
@@ -166,10 +171,12 @@ class _Refused:
         brackets = [str(bracket.value) for bracket in self.stop.open]
         if brackets == []:
             if self.word in (")", "]", "}"):
-                return Diagnostic("unopened-bracket", f"this `{self.word}` closes nothing", self.span, help="remove it")
+                return Diagnostic(
+                    "unopened-bracket", f"this `{self.shown}` closes nothing", self.span, help="remove it"
+                )
             return Diagnostic(
                 "not-a-plan",
-                f"`{self.word}` can't stand outside a plan",
+                f"`{self.shown}` can't stand outside a plan",
                 self.span,
                 help=f"{_A_PLAN}; is there a `}}` too many above?" if self._after_a_plan() else _A_PLAN,
             )
@@ -178,10 +185,12 @@ class _Refused:
         start = self.stop.open[0].start_pos or 0
         before = _WORD.findall(self.source.text[max(0, start - 200) : start])
         if before and before[-1] != "plan":
-            return Diagnostic("not-a-plan", f"`{before[-1]}` can't stand outside a plan", self.span, help=_A_PLAN)
+            return Diagnostic(
+                "not-a-plan", f"`{before[-1][:_CLIP]}` can't stand outside a plan", self.span, help=_A_PLAN
+            )
         return Diagnostic(
             "unexpected-token",
-            f"`{self.word}` can't stand among a plan's parameters",
+            f"`{self.shown}` can't stand among a plan's parameters",
             self.span,
             help="a parameter is `name` or `name: bound`, an option `name=value`",
         )
@@ -196,10 +205,10 @@ class _Refused:
         top = self.stop.open[-1]
         if self.word in (")", "]", "}"):
             if _CLOSES[str(top.value)] != self.word:
-                return _unclosed(self.source, top, f"this `{self.word}`", self.span)
+                return _unclosed(self.source, top, f"this `{self.shown}`", self.span)
             return None
         if top.value != "{" and self.word in (";", "{") and self.accepts(_CLOSES[str(top.value)]):
-            return _unclosed(self.source, top, f"this `{self.word}`", self.span)
+            return _unclosed(self.source, top, f"this `{self.shown}`", self.span)
         return None
 
     def _foreign_word(self) -> Diagnostic | None:
@@ -241,12 +250,12 @@ class _Refused:
         if self.word in _TAILS:
             return Diagnostic(
                 "misplaced-tail",
-                f"`{self.word}` can't stand here",
+                f"`{self.shown}` can't stand here",
                 self.span,
                 help="`join` follows the block of a `fork` or `map`, `else` that of an `if`, `until` that of a `loop`",
             )
         if self.token.type == "NAME" and self.accepts(*_TAILS) and (close := did_you_mean(self.word, _TAILS)):
-            return Diagnostic("unexpected-token", f"`{self.word}` can't stand here", self.span, help=close)
+            return Diagnostic("unexpected-token", f"`{self.shown}` can't stand here", self.span, help=close)
         return None
 
     def _semicolon(self) -> Diagnostic | None:
@@ -278,8 +287,7 @@ class _Refused:
             help = "remove the `,` before it"
         elif self.word in _COMPARISONS:
             help = "comparisons do not chain: write `a < b && b < c`"
-        shown = self.word if len(self.word) <= _CLIP else self.word[:_CLIP] + "..."
-        return Diagnostic("unexpected-token", f"`{shown}` can't stand here", self.span, help=help)
+        return Diagnostic("unexpected-token", f"`{self.shown}` can't stand here", self.span, help=help)
 
     def _previous_is(self, *spellings: str) -> bool:
         return self.previous is not None and self.previous.value in spellings
@@ -311,15 +319,19 @@ def _suspect(source: Source, outer: int) -> int | None:
     for start, end in _pairs(source.text, outer + 1):
         if source.text[start] != "{":
             continue
-        opened = source.line(source.position(start)[0])
-        line = source.line(source.position(end)[0])
-        if line.lstrip().startswith("}") and _indent(line) < _indent(opened):
+        opened, _ = _indent(source, start)
+        closed, first = _indent(source, end)
+        if first and closed < opened:
             return start
     return None
 
 
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip(" \t"))
+def _indent(source: Source, offset: int) -> tuple[int, bool]:
+    """How far the line of `offset` is indented, and whether `offset` is the first thing on it."""
+    _, column = source.position(offset)
+    blank = _BLANK.match(source.text, offset - column + 1)
+    width = blank.end() - blank.start() if blank else 0
+    return width, width == column - 1
 
 
 def _opener(text: str, closer: int) -> int | None:

@@ -67,11 +67,9 @@ class JoinState:
 
     def decided(self, running: Callable[[], Sequence[tuple[int, int]]]) -> bool:
         """Whether the join can close. running: (tokens decoded so far, index) of each branch that has not ended."""
-        if len(self.ended) == self.width:
-            self._closed_by = self._counted([])
-            return True
         if self.spec.kind not in ("first", "quorum"):
-            return False
+            self._closed_by = self._counted([])
+            return len(self.ended) == self.width
         counted = self._counted(running() if self.deterministic else [])
         # Where several become certain at once, the join closes at the first that decides it.
         for count in range(len(counted) + 1):
@@ -87,7 +85,7 @@ class JoinState:
     def result(self) -> JoinResult:
         """What comes out, from the branches that counted when the join closed."""
         good = [e for e in self._closed_by if e.status == "ok"]
-        ok = tuple(sorted(e.index for e in self.ended.values() if e.status == "ok"))
+        ok = tuple(sorted(e.index for e in good))
         spec = self.spec
         winners: tuple[int, ...]
         value: Value

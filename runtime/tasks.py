@@ -245,7 +245,8 @@ class Task:
         if len(context.unfed) > 1 or any(u.row is not Row.DECODE for u in context.unfed):
             # Known text at the end is the branch's own prefill.
             yield Feed()
-        if fork.join.spec.kind == "all" or (fork.join.spec.count or 1) > 1:
+        spec = fork.join.spec
+        if spec.kind == "all" or (spec.kind == "first" and (spec.count or 1) > 1):
             if fork.width > 1:
                 context.logits = None
         elif fork.width > KEPT_LOGITS and not context.unfed and context.segment is not None and context.segment.length:
@@ -647,7 +648,11 @@ class Task:
 
     def _shares(self, node: graph.Node, worst: Sequence[int], limits: Limits) -> Sequence[int | None]:
         """What each branch may decode: its worst case where all of those fit, else an equal share."""
-        left = None if self.budget is None else self.budget - self.spent - self.charged - self.run.bounds.rest(node, self.depth)
+        left = (
+            None
+            if self.budget is None
+            else self.budget - self.spent - self.charged - self.run.bounds.rest(node, self.depth)
+        )
         left = _least(left, limits.budget)
         if left is None or not worst:
             return [None] * len(worst)

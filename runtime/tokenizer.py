@@ -108,6 +108,11 @@ class Tokenizer:
         tokens: list[str] = file.metadata("tokenizer.ggml.tokens")
         types: list[int] = file.metadata("tokenizer.ggml.token_type")
         merges: list[str] = file.metadata("tokenizer.ggml.merges")
+        names = {role: file.metadata(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos")}
+        if not (tokens and types and merges) or names["eos"] is None:
+            raise bad_model(file.path, "its tokenizer has no tokens, token types, merges or end-of-turn token")
+        if len(types) != len(tokens) or any(i is not None and i >= len(tokens) for i in names.values()):
+            raise bad_model(file.path, "its tokenizer's tables do not agree in length")
         control = 3
         spec = byte_level_spec(
             tokens,
@@ -122,14 +127,10 @@ class Tokenizer:
         adds_bos = bool(file.metadata("tokenizer.ggml.add_bos_token"))
         return Tokenizer(
             spec,
-            eos_ids=[file.metadata("tokenizer.ggml.eos_token_id")],
-            bos_id=file.metadata("tokenizer.ggml.bos_token_id") if adds_bos else None,
+            eos_ids=[names["eos"]],
+            bos_id=names["bos"] if adds_bos else None,
             chat_template=file.metadata("tokenizer.chat_template"),
-            template_names={
-                f"{role}_token": tokens[file.metadata(f"tokenizer.ggml.{role}_token_id")]
-                for role in ("bos", "eos")
-                if file.metadata(f"tokenizer.ggml.{role}_token_id") is not None
-            },
+            template_names={f"{role}_token": tokens[i] for role, i in names.items() if i is not None},
             where=str(file.path),
         )
 
@@ -150,7 +151,7 @@ class Tokenizer:
         prefixed = start
 
         def flush() -> None:
-            text = "".join(run)
+            text = _without_lone_surrogates("".join(run))
             run.clear()
             if text:
                 ids.extend(self._plain.encode(self._prefix + text if prefixed else text, add_special_tokens=False).ids)
@@ -287,6 +288,13 @@ def byte_tokenizer() -> Tokenizer:
         template_names={"bos_token": "<|bos|>", "eos_token": "<|eos|>"},
         where="random",
     )
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Half of a surrogate pair, which JSON may hold and UTF-8 may not, as U+FFFD; a whole pair as its character."""
+    if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _merged(pieces: Sequence[Piece]) -> list[Piece]:

@@ -122,7 +122,7 @@ def _first_to_agree(join: JoinSpec, ok: Sequence[Branch]) -> list[Branch]:
         if ballot is not None:
             agreed.setdefault(ballot, []).append(branch)
             if len(agreed[ballot]) == needed:
-                return _ballots(join, ok)[ballot]
+                return agreed[ballot]
     raise Undecided(f"no {needed} branches agree")
 
 

@@ -10,7 +10,8 @@ import pytest
 
 import anabranch.dsl
 from anabranch.dsl import ast
-from anabranch.dsl.check import MAX_ERRORS, Checked, Target, check
+from anabranch.dsl.check import Checked, Target, check
+from anabranch.dsl.check_report import MAX_ERRORS
 from anabranch.dsl.diagnostics import PlanError, Source
 from anabranch.dsl.parse import parse, parse_text
 from anabranch.dsl.types import ANY, INT, TEXT, ListOf, Record, Text

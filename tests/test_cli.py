@@ -282,7 +282,7 @@ def test_explain_counts_what_a_model_and_inputs_make_known(plan: str) -> None:
     longer = document(cli("explain", plan, "--model", "random", "--pages", "64", "--input", "q=why not", "--json"))
     assert found["exact_sizes"] is True
     assert found["unbounded"] == []
-    assert longer["tokens_prefilled"] == found["tokens_prefilled"] + 4
+    assert found["tokens_prefilled"] < longer["tokens_prefilled"] <= found["tokens_prefilled"] + 4
 
 
 def test_explain_bounds_what_a_run_takes(plan: str) -> None:
@@ -482,7 +482,7 @@ long = plan() {
   a = fork(2) {
     quick = gen(type=int, max=2);
     ready = started(quick);
-    loop(50) { rest = gen(max=400); };
+    loop(6000) { rest = gen(max=8); };
     return(quick);
   } join(all, drop);
   return(a);
@@ -498,11 +498,14 @@ def test_run_stops_cleanly_on_an_interrupt(tmp_path: Path, as_json: bool) -> Non
         "import sys\ndef started(x):\n    print('started', file=sys.stderr, flush=True)\n    return x\n",
         "f.py",
     )
-    args = ["run", write(tmp_path, LONG), "--model", "random", "--pages", "2048", "--functions", functions]
+    args = ["run", write(tmp_path, LONG), "--model", "random", "--pages", "8192", "--functions", functions]
     process = child(*args, *(["--json"] if as_json else []))
     assert process.stderr is not None
+    # A line from each of the two branches, by way of the host function.
+    waiting = 2
     for line in process.stderr:
-        if line.startswith("started"):
+        waiting -= line.startswith("started")
+        if not waiting:
             break
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)

@@ -24,7 +24,7 @@ INPUTS: Mapping[str, tuple[str, str]] = {
     "race": ("problem", "What is 12 times 11?"),
     "refine": ("task", "Write one sentence that explains what a river delta is."),
     "survey": ("question", "Why do cities grow along rivers?"),
-    "vote": ("problem", "What is 17 + 25?"),
+    "vote": ("problem", "How many legs does a spider have?"),
 }
 
 FAILS_BY_CHANCE = {

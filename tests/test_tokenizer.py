@@ -64,6 +64,12 @@ def test_random_text_comes_back(either: Tokenizer) -> None:
         assert ids == either.encode([("".join(pieces), False)])
 
 
+def test_half_a_surrogate_pair_is_replaced(either: Tokenizer) -> None:
+    """JSON can hold one; a whole pair is its character."""
+    assert either.decode(either.encode([("a\ud800b", False)])) == "a\ufffdb".encode()
+    assert either.decode(either.encode([("\ud83d", False), ("\ude00", False)])) == "\U0001f600".encode()
+
+
 def test_special_tokens_form_in_literal_text_alone(either: Tokenizer) -> None:
     """Not in interpolated text, nor over the seam of a literal and an interpolated piece."""
     start, end = either.specials["<|im_start|>"], either.specials["<|im_end|>"]

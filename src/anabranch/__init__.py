@@ -3,7 +3,7 @@
     model = anabranch.load("smollm2")
     engine = anabranch.Engine(model)
     program = anabranch.parse(anabranch.read_source("vote.plan"))
-    [result] = engine.run(program, {"problem": "What is 17 + 25?"})
+    [result] = engine.run(program, {"problem": "How many legs does a spider have?"})
 
 Everything public is named here and imported on first use, so `import anabranch` costs nothing and reading or checking
 a plan never imports torch.
