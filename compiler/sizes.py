@@ -212,6 +212,16 @@ class _Value:
         model."""
         return ZERO if self.generated == ZERO else self.tokens
 
+    def made(self) -> _Value:
+        """The same as what a fork, map, reduce or call yields, which counts as generated whatever it holds."""
+        return _Value(
+            self.tokens,
+            self.tokens,
+            None if self.item is None else self.item.made(),
+            None if self.fields is None else {name: value.made() for name, value in self.fields.items()},
+            self.number,
+        )
+
     def put(self, values: Mapping[Symbol, Amount]) -> _Value:
         """With the symbols of `values` replaced."""
         return _Value(
@@ -653,7 +663,9 @@ class _Walk:
         return self._or_fallback(value, limits, scope)
 
     def _or_fallback(self, value: _Value, limits: Limits, scope: _Scope) -> _Value:
-        return value if limits.fallback is None else _either(value, self._value(limits.fallback, scope))
+        if limits.fallback is not None:
+            value = _either(value, self._value(limits.fallback, scope))
+        return value.made()
 
     # --- values
 
