@@ -20,7 +20,8 @@ def attend_shared(
 
     q: [num_rows, num_heads, head_dim]
     k, v: [num_kv_heads, num_keys, head_dim]; num_heads is a multiple of num_kv_heads, num_keys at least 1
-    mask: [num_rows, num_keys] added to the scaled scores, or None; a row must see at least one key, or its lse is -inf
+    mask: [num_rows, num_keys] added to the scaled scores, or None; for a row that it hides everything from, out is 0
+        and lse means nothing
     Returns out [num_rows, num_heads, head_dim] and lse [num_rows, num_heads].
     """
     rows, heads, dim = q.shape

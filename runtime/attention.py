@@ -289,8 +289,8 @@ class StepAttention:
             return states
         # A row for which the window hides every key of this call has no share in the merge.
         out, lse = states
-        empty = ~torch.isfinite(lse)
-        return out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
+        empty = torch.isneginf(mask).all(-1, keepdim=True)
+        return out, lse.masked_fill(empty, float("-inf"))
 
     def _tails(self, call: _Call, store: Tensor) -> Tensor:
         """[num_rows, num_kv_heads, longest, head_dim] of a padded call."""

@@ -530,6 +530,9 @@ class Engine:
                 again.thread, task.thread = task.thread, None
                 again.critical = max(again.critical, task.critical)
                 again.below = task.tokens
+                if again.budget is not None:
+                    # All tries share what the branch was given.
+                    again.budget -= task.tokens
                 assert again.thread is not None
                 self._tasks[again.thread] = again
                 fork.running[task.index] = again
@@ -538,6 +541,7 @@ class Engine:
         self._end(task, status, None, reason)
 
     def _leave_run(self, task: Task, status: Status, value: Value, reason: str) -> None:
+        task.drop_finished()
         task.run.emit(BranchEnded(task.path, status, "".join(task.text), value, reason, task.spent, task.label))
 
     def _end(self, task: Task, status: Status, value: Value, reason: str) -> None:

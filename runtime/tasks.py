@@ -186,6 +186,7 @@ class Task:
         self.steps: Steps | None = None
         self.request: Request | None = None
         self.fork: ForkState | None = None
+        self.joining: ForkState | None = None
         self.base_view = context.view
         self.base_position = context.position
         self.text: list[str] = []
@@ -546,7 +547,8 @@ class Task:
         else:
             arms = [arm for arm in node.arms for _ in range(arm.multiplicity)]
         needs = self.run.bounds.children(node, len(arms), self.depth)
-        shares = self._shares(node, [self.run.bounds.tokens(arm.region, self.depth) for arm in arms], node.limits)
+        worst = [self._worst(arm.region, self.depth, node.limits, arm.limits) for arm in arms]
+        shares = self._shares(node, worst, node.limits)
 
         def branch(index: int) -> Branch:
             arm = arms[index]
@@ -565,7 +567,7 @@ class Task:
     def _map(self, node: graph.Map) -> Steps:
         items = self._items(node.over, node.most)
         needs = self.run.bounds.children(node, len(items), self.depth)
-        shares = self._shares(node, [self.run.bounds.tokens(node.region, self.depth)] * len(items), node.limits)
+        shares = self._shares(node, [self._worst(node.region, self.depth, node.limits)] * len(items), node.limits)
 
         def branch(index: int) -> Branch:
             names: dict[str, Value] = {node.item: items[index]}
@@ -597,7 +599,7 @@ class Task:
             groups = [values[i : i + node.by] for i in range(0, len(values), node.by)]
             run = [i for i, group in enumerate(groups) if len(group) > 1]
             needs = self.run.bounds.children(node, len(run), self.depth)
-            shares = self._shares(node, [self.run.bounds.tokens(node.region, self.depth)] * len(run), node.limits)
+            shares = self._shares(node, [self._worst(node.region, self.depth, node.limits)] * len(run), node.limits)
             first = started
 
             def branch(
@@ -626,7 +628,7 @@ class Task:
             raise BranchStopped(f"`{plan.name}` calls itself deeper than {plan.depth}")
         names = {name: self._evaluate(value) for name, value in node.args}
         needs = self.run.bounds.children(node, 1, self.depth)
-        shares = self._shares(node, [self.run.bounds.tokens(plan.region, depth)], node.limits)
+        shares = self._shares(node, [self._worst(plan.region, depth, node.limits)], node.limits)
         budget = _least(shares[0], plan.limits.budget)
 
         def branch(index: int) -> Branch:
@@ -645,6 +647,10 @@ class Task:
             callee=node.plan,
         )
         self._bind(node.name, value)
+
+    def _worst(self, region: graph.Region, depth: int, *limits: Limits) -> int:
+        """What a branch may decode, all its tries together."""
+        return self.run.bounds.tokens(region, depth) * (1 + max(limit.retry for limit in limits))
 
     def _shares(self, node: graph.Node, worst: Sequence[int], limits: Limits) -> Sequence[int | None]:
         """What each branch may decode: its worst case where all of those fit, else an equal share."""
@@ -697,6 +703,7 @@ class Task:
         )
         state.base_view = context.view
         state.callee = callee
+        self.joining = state
         result: JoinResult
         if labels:
             result = yield Spawn(state)
@@ -705,6 +712,13 @@ class Task:
             result = state.join.result()
         value = yield from self._join(state, result)
         return value
+
+    def drop_finished(self) -> None:
+        """Let go of the branches' contexts that waited for their join to be read."""
+        if self.joining is not None:
+            for task in self.joining.finished.values():
+                self.run.drop(task.context)
+            self.joining = None
 
     def _join(self, state: ForkState, result: JoinResult) -> Generator[Request, Any, Value]:
         spec = state.join.spec
@@ -718,8 +732,7 @@ class Task:
             self.context.push(ids, Row.REPREFILL)
             self.text.append(text)
             self.run.check_position(self.context.position)
-        for task in state.finished.values():
-            self.run.drop(task.context)
+        self.drop_finished()
         self.emit(Joined(self.here, state.site, result.ok, result.winners, result.value, result.failed))
         if not result.failed:
             return result.value

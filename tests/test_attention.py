@@ -31,7 +31,9 @@ def windowed(window: int) -> tuple[LoadedModel, dict[str, torch.Tensor]]:
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     report_multiple_bugs=False,
 )  # fmt: skip
-@given(cases(), st.sampled_from([1, 3, 8]), st.sampled_from([4, 16]), st.sampled_from([2, 64]), st.sampled_from([3, 11]))
+@given(
+    cases(), st.sampled_from([1, 3, 8]), st.sampled_from([4, 16]), st.sampled_from([2, 64]), st.sampled_from([3, 11])
+)
 def test_a_sliding_window_hides_what_is_far(case: Case, lanes: int, page_size: int, chunk: int, window: int) -> None:
     """Whole calls, single rows and shifted segments each hide exactly the keys that are too far away."""
     model, weights = windowed(window)
