@@ -323,7 +323,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing is seated and nothing could be: all plans are over, or something outside must happen first."""
-        return not self._seated and not self._ready and not self._queue and not self._startable
+        if self._seated or any(entry[-1].state != "ended" for entry in self._ready):
+            return False
+        if any(entry[-1].state != "ended" for entry in self._queue):
+            return False
+        return not any(fork.pending for fork in (*self._short, *(entry[-1] for entry in self._startable)))
 
     def _sit(self, thread: Thread) -> Thread:
         thread.state = "seated"

@@ -27,6 +27,7 @@ from anabranch.runtime.attention import Block, StepAttention
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context, Row, Unfed
 from anabranch.runtime.events import BranchEnded, Event, LogitsRow, RunEnded, Status, TextDelta
+from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.joins import Ended
 from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.pages import Entry, KvStore, PagePool, Segment, View
@@ -236,19 +237,50 @@ class Engine:
     ) -> Run:
         """Queue a run; `step` moves it on. Raises PlanError if the plan or its inputs are wrong, or can never fit."""
         compiled = self.compile(plan, name, tuple(functions or ()))
-        bounds = compiled.bounds(self, inputs or {})
-        run = Run(
+        run = self._prepare(compiled, inputs or {}, seed, input_index, functions or {}, listener)
+        self._open(run)
+        return run
+
+    def _prepare(
+        self,
+        compiled: Compiled,
+        inputs: Mapping[str, Value],
+        seed: int,
+        input_index: int,
+        functions: Mapping[str, Callable[..., Any]],
+        listener: Callable[[Run, Event], None] | None,
+    ) -> Run:
+        bounds = compiled.bounds(self, inputs)
+        return Run(
             self,
             compiled,
             bounds,
-            dict(inputs or {}),
+            dict(inputs),
             input_index=input_index,
             seed=seed,
-            functions=functions or {},
+            functions=functions,
             listener=listener,
         )
-        self._open(run)
-        return run
+
+    def _submit_all(
+        self,
+        plan: Program | str | Compiled,
+        inputs: Sequence[Mapping[str, Value]] | Mapping[str, Value] | None,
+        name: str | None,
+        seed: int,
+        functions: Mapping[str, Callable[..., Any]] | None,
+        listener: Callable[[Run, Event], None] | None,
+    ) -> list[Run]:
+        """Queue a run for each input, or none if one of them is wrong."""
+        compiled = self.compile(plan, name, tuple(functions or ()))
+        given = [inputs] if isinstance(inputs, Mapping) else [{}] if inputs is None else list(inputs)
+        runs = [
+            self._prepare(compiled, values, seed, index, functions or {}, listener)
+            for index, values in enumerate(given)
+        ]
+        for run in runs:
+            self._open(run)
+        return runs
 
     def run(
         self,
@@ -264,24 +296,18 @@ class Engine:
 
         On ctrl-C the runs are cancelled and `Interrupted` carries what was finished.
         """
-        compiled = self.compile(plan, name, tuple(functions or ()))
-        given = [inputs] if isinstance(inputs, Mapping) else [{}] if inputs is None else list(inputs)
-        runs = [
-            self.submit(compiled, values, seed=seed, input_index=index, functions=functions, listener=listener)
-            for index, values in enumerate(given)
-        ]
+        runs = self._submit_all(plan, inputs, name, seed, functions, listener)
         try:
-            while any(run.result is None for run in runs):
-                self.step()
-        except KeyboardInterrupt:
+            with stop_on_interrupt() as stopped:
+                while any(run.result is None for run in runs) and not stopped.is_set():
+                    self.step()
+        finally:
             for run in runs:
                 self.cancel(run)
-            raise Interrupted([_result(run) for run in runs]) from None
-        except BaseException:
-            for run in runs:
-                self.cancel(run)
-            raise
-        return [_result(run) for run in runs]
+        results = [_result(run) for run in runs]
+        if stopped.is_set():
+            raise Interrupted(results)
+        return results
 
     async def stream(
         self,
@@ -293,20 +319,21 @@ class Engine:
         functions: Mapping[str, Callable[..., Any]] | None = None,
     ) -> AsyncIterator[StreamEvent]:
         """The events of the runs as they happen; leaving the loop early cancels them."""
-        compiled = self.compile(plan, name, tuple(functions or ()))
-        given = [inputs] if isinstance(inputs, Mapping) else [{}] if inputs is None else list(inputs)
         pending: list[StreamEvent] = []
 
         def listener(run: Run, event: Event) -> None:
             pending.append(StreamEvent(run.input_index, event))
 
-        runs = [
-            self.submit(compiled, values, seed=seed, input_index=i, functions=functions, listener=listener)
-            for i, values in enumerate(given)
-        ]
+        runs = self._submit_all(plan, inputs, name, seed, functions, listener)
         try:
             while any(run.result is None for run in runs):
-                await asyncio.to_thread(self.step)
+                step = asyncio.ensure_future(asyncio.to_thread(self.step))
+                try:
+                    await asyncio.shield(step)
+                except asyncio.CancelledError:
+                    # The thread cannot be stopped, and the runs must not be cancelled under its hands.
+                    await asyncio.wait([step])
+                    raise
                 for event in pending:
                     yield event
                 pending.clear()

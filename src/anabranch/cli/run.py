@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +18,7 @@ from anabranch.cli.text import printable, write_json
 from anabranch.dsl.values import render
 from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult
 from anabranch.runtime.events import BranchStarted, Event
+from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.models import load
 
 
@@ -73,7 +71,7 @@ def run_file(file: str, settings: Settings) -> None:
     def listener(run: Run, event: Event) -> None:
         view.show(run.input_index, event)
 
-    with _stop_on_interrupt() as stopped:
+    with stop_on_interrupt() as stopped:
         runs = [
             engine.submit(
                 compiled, values, seed=settings.seed, input_index=index, functions=functions, listener=listener
@@ -155,23 +153,3 @@ def _view(as_json: bool, num_inputs: int) -> View:
 
         return LiveTree(Console(stderr=True))
     return Silent() if as_json else Lines(num_inputs)
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, to be seen between two steps; a second one raises KeyboardInterrupt at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def on_interrupt(number: int, frame: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
