@@ -228,7 +228,7 @@ def counts_of(results: list[RunResult]) -> Iterator[dict[str, int | float]]:
 
 
 def test_rows_add_up() -> None:
-    """Rows fed are the prefilled, decoded, flushed and recomputed ones; sampled tokens that nothing needed are apart."""
+    """Rows are prefilled, decoded, flushed or recomputed; sampled tokens that nothing needed are counted apart."""
     for counts in counts_of(engine().run(VOTE, [{"q": "x"}, {"q": "yy"}])):
         decoded_rows = counts["tokens_decoded"] - counts["tokens_unfed"] - counts["tokens_flushed"]
         fed = counts["tokens_prefilled"] + decoded_rows + counts["tokens_flushed"] + counts["tokens_recomputed"]
