@@ -39,6 +39,7 @@ test: lint
 
 bench: venv
 	$(BIN)/python benchmarks/pages.py
+	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/decode.py
 
 clean:
