@@ -207,6 +207,11 @@ def within(cost: Cost, budget: int | None, page_size: int) -> Cost:
     )
 
 
+KEPT_LOGITS = 64
+"""Up to this many branches keep the logits of their last token until a join that one of them wins; in a wider fork the
+winner's last token is fed once more, since a row of logits is as large as the vocabulary."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Branches:
     """Equal branches of a fork: what one costs with its prompt, how many there are, and how they start.
@@ -265,6 +270,8 @@ def side_by_side(kinds: Sequence[_Branches], join: JoinSpec, joined: Feed, limit
         pos = _largest([(k.cost.pos, k.count) for k in kinds], taken)
         pos_fed = _largest([(k.cost.pos_fed, k.count) for k in kinds], taken)
         flushes = min(winners, sum(k.count for k in kinds if k.cost.ends_unfed))
+        if winners == 1 and width > KEPT_LOGITS:
+            flushes = 1
         aliased += view
     elif join.context == "text":
         pos = pos_fed = view = view_fed = joined.rows

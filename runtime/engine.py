@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.compiler.bounds import Bounds
+from anabranch.compiler.bounds import Bounds, steps_bound
 from anabranch.compiler.graph import Graph
 from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.scheduler import Machine, Scheduler, Step, Thread
@@ -146,8 +148,13 @@ class Run:
 
     def drop(self, context: Context) -> None:
         """Let go of a context; sampled tokens that nothing needed are counted as never fed."""
-        self.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in context.unfed)
+        self.forget(context)
         context.drop()
+
+    def forget(self, context: Context) -> None:
+        """Nothing will need the unfed tokens of a context."""
+        self.counts["tokens_unfed"] += sum(u.row is Row.DECODE for u in context.unfed)
+        context.discard(len(context.unfed))
 
     def at(self, span: Span | None) -> str:
         """Where in the plan's source, as ` (line 4)`; empty where that is not known."""
@@ -176,7 +183,7 @@ class _Work:
 
 
 class Engine:
-    """Runs plans on one model. Not safe to share between threads; `stream` may be awaited beside other coroutines."""
+    """Runs plans on one model. Several streams, and several threads, may share it: their runs share its batch."""
 
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
@@ -209,6 +216,9 @@ class Engine:
         self._work: dict[Thread, _Work] = {}
         self._deadlines: list[ForkState] = []
         self._runs: list[Run] = []
+        # The bounds of every run since the engine was last idle: what they share a pool and steps with.
+        self._batch: list[Bounds] = []
+        self._lock = threading.RLock()
 
     def compile(
         self, plan: Program | str | Compiled, name: str | None = None, functions: Sequence[str] = ()
@@ -238,7 +248,8 @@ class Engine:
         """Queue a run; `step` moves it on. Raises PlanError if the plan or its inputs are wrong, or can never fit."""
         compiled = self.compile(plan, name, tuple(functions or ()))
         run = self._prepare(compiled, inputs or {}, seed, input_index, functions or {}, listener)
-        self._open(run)
+        with self._lock:
+            self._open(run)
         return run
 
     def _prepare(
@@ -278,8 +289,9 @@ class Engine:
             self._prepare(compiled, values, seed, index, functions or {}, listener)
             for index, values in enumerate(given)
         ]
-        for run in runs:
-            self._open(run)
+        with self._lock:
+            for run in runs:
+                self._open(run)
         return runs
 
     def run(
@@ -319,7 +331,7 @@ class Engine:
         functions: Mapping[str, Callable[..., Any]] | None = None,
     ) -> AsyncIterator[StreamEvent]:
         """The events of the runs as they happen; leaving the loop early cancels them."""
-        pending: list[StreamEvent] = []
+        pending: deque[StreamEvent] = deque()
 
         def listener(run: Run, event: Event) -> None:
             pending.append(StreamEvent(run.input_index, event))
@@ -334,20 +346,34 @@ class Engine:
                     # The thread cannot be stopped, and the runs must not be cancelled under its hands.
                     await asyncio.wait([step])
                     raise
-                for event in pending:
-                    yield event
-                pending.clear()
+                while pending:
+                    yield pending.popleft()
+            # Another stream's step may have brought the end.
+            while pending:
+                yield pending.popleft()
         finally:
             for run in runs:
                 self.cancel(run)
 
     def cancel(self, run: Run) -> None:
         """End a run that is not over; its branches that run are cancelled."""
-        if run.result is None and run.root is not None:
-            self._end(run.root, "cancelled", None, "cancelled")
+        with self._lock:
+            if run.result is None and run.root is not None:
+                self._end(run.root, "cancelled", None, "cancelled")
 
     def step(self) -> bool:
-        """Start what can start and call the model once. Returns False when nothing is left to do."""
+        """Start what can start and call the model once. Returns False when nothing is left to do.
+
+        If a step breaks, every run that is not over fails, and the engine starts anew from an empty pool.
+        """
+        with self._lock:
+            try:
+                return self._step()
+            except BaseException as error:
+                self._abandon(f"{type(error).__name__}: {error}")
+                raise
+
+    def _step(self) -> bool:
         self._expire()
         self._start()
         step = self.scheduler.next()
@@ -389,6 +415,15 @@ class Engine:
             break
         self.pool.cache.insert(ids, pages)
 
+    def _abandon(self, reason: str) -> None:
+        """Forget all runs: what a broken step left half done cannot be trusted."""
+        for run in self._runs:
+            run.result = RunResult(None, "failed", reason, (), dict(run.counts), tuple(run.events), tuple(run.logits))
+        for held in (self._runs, self._batch, self._tasks, self._forks, self._work, self._deadlines):
+            held.clear()
+        self.scheduler = Scheduler(self.machine)
+        self.pool = PagePool(self.machine.pages, self.machine.page_size)
+
     def _open(self, run: Run) -> None:
         graph = run.graph
         plan = graph.plans[graph.main]
@@ -400,6 +435,7 @@ class Engine:
         run.root.thread = thread
         self._tasks[thread] = run.root
         self._runs.append(run)
+        self._batch.append(run.bounds)
 
     def _empty_context(self) -> Context:
         context = Context(self.pool, None, 0, None)
@@ -576,7 +612,7 @@ class Engine:
         if task.thread is None or task.thread.state == "ended":
             return
         if task.fork is not None:
-            self._close(task.fork, "cancelled" if status != "late" else "late")
+            task.critical = max(task.critical, self._close(task.fork, "cancelled" if status != "late" else "late"))
         thread = task.thread
         work = self._work.pop(thread, None)
         if work is not None and work.draw is not None:
@@ -587,7 +623,8 @@ class Engine:
         fork = task.parent
         keeps = status == "ok" and fork is not None and not fork.closed and fork.join.spec.context == "stitch"
         if not keeps:
-            if fork is None and not task.context.unfed:
+            if fork is None:
+                task.run.forget(task.context)
                 task.context.seal()
                 self.remember(task.context)
             task.run.drop(task.context)
@@ -607,26 +644,28 @@ class Engine:
         mean = task.logprob_sum / task.logprob_count if task.logprob_count else None
         names = task.names if status == "ok" else {}
         fork.join.offer(Ended(task.index, status, value, reason, names, mean, task.tokens))
-        if fork.join.decided(lambda: self._running(fork)):
+        if fork.join.decided(lambda: self._soonest(fork)):
             self._close(fork, "cancelled")
             self.scheduler.resume(_thread(parent))
 
-    def _running(self, fork: ForkState) -> list[tuple[int, int]]:
-        """(tokens decoded so far, index) of each branch of `fork` that has not ended; 0 for one not yet started."""
-        return [
-            (fork.running[i].tokens if i in fork.running else 0, i)
-            for i in range(fork.width)
-            if i not in fork.join.ended
-        ]
+    def _soonest(self, fork: ForkState) -> tuple[int, int] | None:
+        """At most the (tokens decoded so far, index) of every branch of `fork` that has not ended; None if all have."""
+        assert fork.scheduled is not None
+        if fork.scheduled.pending:
+            return (0, -1)
+        running = fork.running
+        return min(((running[i].tokens if i in running else 0, i) for i in fork.scheduled.active), default=None)
 
-    def _close(self, fork: ForkState, status: Status) -> None:
-        """No branch of `fork` goes on."""
+    def _close(self, fork: ForkState, status: Status) -> int:
+        """No branch of `fork` goes on. Returns the longest critical path among those that this ends."""
         if fork.closed:
-            return
+            return 0
         fork.closed = True
+        deepest = 0
         for task in list(fork.running.values()):
             reason = "the deadline passed" if status == "late" else "the join closed without it"
             self._end(task, status, None, reason)
+            deepest = max(deepest, task.critical)
             if status == "late" and task.index not in fork.join.ended:
                 fork.join.offer(Ended(task.index, "late", reason=reason))
         if fork.deadline is not None and fork in self._deadlines:
@@ -638,6 +677,7 @@ class Engine:
         self.scheduler.close(fork.scheduled)
         del self._forks[fork.scheduled]
         fork.parent.fork = None
+        return deepest
 
     def _cut(self, task: Task, request: Draw) -> None:
         """A gen is ended from outside, or is done and its thread never hears of it: what it has is kept as text."""
@@ -651,21 +691,18 @@ class Engine:
         self._runs.remove(run)
         counts = run.counts
         counts["critical_path_tokens"] = task.critical
-        counts["rows"] = sum(run.rows)
         counts["tokens_prefilled"] = run.rows[Row.PREFILL] + run.rows[Row.REPREFILL]
         counts["tokens_reprefilled"] = run.rows[Row.REPREFILL]
         counts["tokens_flushed"] = run.rows[Row.FLUSH]
         counts["tokens_recomputed"] = run.rows[Row.RECOMPUTE]
-        fed = counts["tokens_decoded"] - counts["tokens_unfed"]
-        if run.rows[Row.DECODE] + run.rows[Row.FLUSH] != fed:
-            raise RuntimeError(
-                f"rows do not add up: {run.rows[Row.DECODE]} decoded and {run.rows[Row.FLUSH]} flushed rows, "
-                f"{counts['tokens_decoded']} tokens decoded of which {counts['tokens_unfed']} were never fed"
-            )
+        sampled_fed = counts["tokens_decoded"] - counts["tokens_unfed"]
+        known_fed = counts["tokens_prefilled"] + counts["tokens_recomputed"]
+        if run.rows[Row.DECODE] + run.rows[Row.FLUSH] != sampled_fed or counts["rows"] != known_fed + sampled_fed:
+            raise RuntimeError(f"rows do not add up: {counts}, by kind {run.rows}")
         shown: dict[str, int | float] = dict(counts)
         shown["pages_peak"] = self.pool.peak
-        shown["pages_bound"] = run.bounds.pages_bound(self.machine)
-        shown["steps_bound"] = run.bounds.steps_bound(self.machine)
+        shown["pages_bound"] = min(self.machine.pages, sum(b.pages_bound(self.machine) for b in self._batch))
+        shown["steps_bound"] = steps_bound(self._batch, self.machine)
         shown["elapsed_s"] = time.monotonic() - run.started_s
         run.emit(RunEnded(status, value, reason, shown))
         ends = [e for e in run.events if isinstance(e, BranchEnded)]
@@ -676,13 +713,14 @@ class Engine:
         )
         run.result = RunResult(value, status, reason, records, shown, tuple(run.events), tuple(run.logits))
         if not self._runs:
+            self._batch.clear()
             self.pool.peak = self.pool.used - self.pool.idle
 
     def _expire(self) -> None:
         now = time.monotonic() if self._deadlines else 0.0
         for fork in list(self._deadlines):
             if fork.deadline is not None and fork.deadline <= now and not fork.closed:
-                self._close(fork, "late")
+                fork.parent.critical = max(fork.parent.critical, self._close(fork, "late"))
                 fork.join.close_now()
                 self.scheduler.resume(_thread(fork.parent))
 
@@ -697,6 +735,7 @@ class Engine:
     def _execute(self, step: Step) -> None:
         """Feed the step's rows, sample, and let every task that is done go on."""
         blocks: list[Block] = []
+        owners: list[Run] = []
         tokens: list[int] = []
         wanted: list[int] = []
         takers: list[tuple[_Work, Context, bool]] = []
@@ -706,6 +745,7 @@ class Engine:
             last = count == thread.feed
             for context, rows in self._portions(work, count):
                 self._feed(work, context, rows, blocks, tokens)
+                owners.append(work.task.run)
                 final = not context.unfed
                 if work.score is not None:
                     # Of the option's tokens all but the last are conditions of a token that follows.
@@ -719,6 +759,7 @@ class Engine:
             context = work.queue[0]
             if context.unfed:
                 self._feed(work, context, len(context.unfed), blocks, tokens)
+                owners.append(work.task.run)
                 wanted.append(len(tokens) - 1)
                 takers.append((work, context, True))
             else:
@@ -728,7 +769,7 @@ class Engine:
             assert context.logits is not None
             sampling.append((work, context, context.logits))
         if blocks:
-            logits = self._forward(blocks, tokens, wanted)
+            logits = self._forward(blocks, owners, tokens, wanted)
             for row, (work, context, draws) in enumerate(takers):
                 if work.score is not None:
                     work.scored.append(logits[row])
@@ -775,9 +816,16 @@ class Engine:
             row = Row.FLUSH if work.flush and unfed.row is Row.DECODE else unfed.row
             rows[row] += 1
 
-    def _forward(self, blocks: Sequence[Block], tokens: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    def _forward(
+        self, blocks: Sequence[Block], owners: Sequence[Run], tokens: Sequence[int], wanted: Sequence[int]
+    ) -> Tensor:
+        """Logits of the `wanted` rows. The one place where the model is called, and where its rows are counted."""
         decoder = self.model.decoder
         attention = StepAttention(self.store, decoder.config, blocks, decoder.dtype)
+        if attention.num_rows != len(tokens):
+            raise RuntimeError(f"{len(tokens)} tokens for {attention.num_rows} rows")
+        for run, block in zip(owners, blocks, strict=True):
+            run.counts["rows"] += block.count
         return decoder.forward(
             torch.tensor(tokens, dtype=torch.int64),
             attention.positions,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from anabranch.dsl.spec import JoinSpec, Value
 from anabranch.dsl.values import vote_key
 from anabranch.runtime.events import Status
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ended:
     """How a branch ended.
 
@@ -51,8 +52,13 @@ class JoinState:
         self.labels = labels
         self.deterministic = deterministic
         self.ended: dict[int, Ended] = {}
-        self._order: list[int] = []
-        self._closed_by: list[Ended] = []
+        # The ends that do not count yet, and those that do: each end is looked at once, however wide the fork.
+        self._waiting: list[tuple[tuple[int, int], Ended]] = []
+        self._counted: list[Ended] = []
+        self._num_ok = 0
+        self._voters: dict[Hashable, list[Ended]] = {}
+        self._agreed: list[Ended] = []
+        self._closed = False
 
     @property
     def width(self) -> int:
@@ -62,29 +68,38 @@ class JoinState:
         """A branch ended."""
         if ended.index in self.ended:
             raise ValueError(f"branch {ended.index} ended twice")
+        place = (ended.tokens, ended.index) if self.deterministic else (len(self.ended), 0)
         self.ended[ended.index] = ended
-        self._order.append(ended.index)
+        heappush(self._waiting, (place, ended))
 
-    def decided(self, running: Callable[[], Sequence[tuple[int, int]]]) -> bool:
-        """Whether the join can close. running: (tokens decoded so far, index) of each branch that has not ended."""
-        if self.spec.kind not in ("first", "quorum"):
-            self._closed_by = self._counted([])
-            return len(self.ended) == self.width
-        counted = self._counted(running() if self.deterministic else [])
-        # Where several become certain at once, the join closes at the first that decides it.
-        for count in range(len(counted) + 1):
-            if self._closes(counted[:count]):
-                self._closed_by = counted[:count]
-                return True
-        return False
+    def decided(self, soonest: Callable[[], tuple[int, int] | None]) -> bool:
+        """Whether the join can close.
+
+        soonest: the least (tokens decoded so far, index) of the branches that have not ended, or anything below it;
+            None if all have
+        """
+        everyone = len(self.ended) == self.width
+        if self.spec.kind in ("first", "quorum"):
+            before = None if everyone or not self.deterministic else soonest()
+            self._closed = self._closed or self._closes()
+            # Where several become certain at once, the join closes at the first that decides it.
+            while self._waiting and not self._closed and (before is None or self._waiting[0][0] < before):
+                self._count(heappop(self._waiting)[1])
+                self._closed = self._closes()
+            return self._closed
+        if everyone:
+            self.close_now()
+        return everyone
 
     def close_now(self) -> None:
-        """A deadline passed: the join reads what has ended."""
-        self._closed_by = self._counted([])
+        """The join reads what has ended: all branches, or those that a deadline left."""
+        while self._waiting:
+            self._count(heappop(self._waiting)[1])
+        self._closed = True
 
     def result(self) -> JoinResult:
         """What comes out, from the branches that counted when the join closed."""
-        good = [e for e in self._closed_by if e.status == "ok"]
+        good = [e for e in self._counted if e.status == "ok"]
         ok = tuple(sorted(e.index for e in good))
         spec = self.spec
         winners: tuple[int, ...]
@@ -102,16 +117,17 @@ class JoinState:
                 winners = tuple(sorted(e.index for e in good[:needed]))
                 value = self.ended[winners[0]].value if needed == 1 else [self.ended[i].value for i in winners]
             case "vote" | "quorum":
-                tally = self._tally(good)
-                most = max(tally.values(), key=lambda voters: (len(voters), -min(v.index for v in voters)), default=[])
-                needed = (spec.count or 1) if spec.kind == "quorum" else 1
+                needed = 1
+                voters = max(
+                    self._voters.values(), key=lambda found: (len(found), -min(v.index for v in found)), default=[]
+                )
                 if spec.kind == "quorum":
                     # The first to reach the count, not the largest in the end.
-                    most = next((voters for voters in tally.values() if len(voters) >= needed), [])
-                if len(most) < needed:
+                    needed, voters = spec.count or 1, self._agreed
+                if len(voters) < needed:
                     wanted = f"{needed} that agree on `{spec.key}`" if spec.kind == "quorum" else "one vote"
                     return self._fails(ok, f"`{spec.kind}` needs {wanted} of {self.width}")
-                winner = min(v.index for v in most)
+                winner = min(v.index for v in voters)
                 winners, value = (winner,), self.ended[winner].names[spec.key or ""]
             case "best":
                 scored = [(s, -e.index) for e in good if (s := self._score(e)) is not None]
@@ -125,42 +141,27 @@ class JoinState:
             winners = ok
         return JoinResult(ok, winners, value)
 
-    def _closes(self, counted: Sequence[Ended]) -> bool:
-        left = self.width - len(counted)
+    def _count(self, ended: Ended) -> None:
+        self._counted.append(ended)
+        if ended.status != "ok":
+            return
+        self._num_ok += 1
+        name = self.spec.key or ""
+        if self.spec.kind in ("vote", "quorum") and name in ended.names:
+            key = vote_key(ended.names[name], self.spec.by)
+            if key is not None:
+                voters = self._voters.setdefault(key, [])
+                voters.append(ended)
+                if not self._agreed and len(voters) >= (self.spec.count or 1):
+                    self._agreed = list(voters)
+
+    def _closes(self) -> bool:
+        left = self.width - len(self._counted)
         needed = self.spec.count or 1
         if self.spec.kind == "first":
-            have = sum(e.status == "ok" for e in counted)
-        else:
-            have = max((len(voters) for voters in self._tally(counted).values()), default=0)
-        return have >= needed or have + left < needed
-
-    def _counted(self, running: Sequence[tuple[int, int]]) -> list[Ended]:
-        ends = [self.ended[i] for i in self._order]
-        if not self.deterministic:
-            return ends
-        ends.sort(key=lambda e: (e.tokens, e.index))
-        if running:
-            soonest = min(running)
-            ends = [e for e in ends if (e.tokens, e.index) < soonest]
-        return ends
-
-    def _tally(self, ends: Sequence[Ended]) -> dict[Hashable, list[Ended]]:
-        tally: dict[Hashable, list[Ended]] = {}
-        key_name = self.spec.key or ""
-        for ended in ends:
-            if ended.status == "ok" and key_name in ended.names:
-                key = vote_key(ended.names[key_name], self.spec.by)
-                if key is not None:
-                    tally.setdefault(key, []).append(ended)
-        if self.spec.kind == "quorum":
-            needed = self.spec.count or 1
-            # In the order in which each value reached the count; dicts keep it.
-            reached = sorted(
-                (item for item in tally.items() if len(item[1]) >= needed),
-                key=lambda item: ends.index(item[1][needed - 1]),
-            )
-            return dict(reached) or tally
-        return tally
+            return self._num_ok >= needed or self._num_ok + left < needed
+        most = max(map(len, self._voters.values()), default=0) if left < needed else needed
+        return bool(self._agreed) or most + left < needed
 
     def _score(self, ended: Ended) -> float | None:
         if self.spec.key == "logprob":

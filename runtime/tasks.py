@@ -9,6 +9,7 @@ request = Feed()                 the unfed tokens of the thread's context
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 from torch import Tensor
 
 from anabranch.compiler import graph
-from anabranch.compiler.bounds import Bounds
+from anabranch.compiler.bounds import KEPT_LOGITS, Bounds
 from anabranch.compiler.scheduler import Fork as ScheduledFork
 from anabranch.compiler.scheduler import Thread
-from anabranch.dsl.ast import Apply, Expr, Str, names_in
+from anabranch.dsl.ast import Apply, Expr, Float, Int, Option, Str, names_in
+from anabranch.dsl.diagnostics import PlanError
+from anabranch.dsl.options import check_sampling
 from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
 from anabranch.dsl.values import EvaluationError, evaluate, parts, render
 from anabranch.runtime.context import Context, Row
@@ -41,11 +44,6 @@ SAMPLING_DEFAULTS = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
 }
-
-
-KEPT_LOGITS = 64
-"""Up to this many branches keep the logits of their last token until the join; in a wider fork the winner's last token
-is fed once more, since a row of logits is as large as the vocabulary."""
 
 
 class BranchStopped(Exception):
@@ -312,8 +310,8 @@ class Task:
             raise EvaluationError(f"no function `{function}` was registered")
         try:
             value = target(*args)
-        except Exception as error:
-            reason = f"`{function}` raised {type(error).__name__}: {error}"
+        except (Exception, SystemExit) as error:
+            reason = " ".join(f"`{function}` raised {type(error).__name__}: {error}".split())
             self.emit(HostCalled(self.here, function, None, reason))
             raise EvaluationError(reason) from error
         self.emit(HostCalled(self.here, function, value))
@@ -402,6 +400,7 @@ class Task:
         spec = node.spec
         if spec.recorded is not None:
             ended = self._recorded(node, held)
+            self._within(start, self.run.bounds.feed(node).rows)
         elif isinstance(spec.type, ChoiceType) and spec.type.by == "logprob":
             ended = yield from self._choose(node, spec.type, held)
         else:
@@ -428,6 +427,8 @@ class Task:
             value = [self._evaluate(arg.value) for arg in recorded.args]
         else:
             value = self._evaluate(recorded)
+        if not isinstance(value, str) and not (isinstance(value, list) and _all_of(value)):
+            raise BranchStopped("recorded text is a string, a list of strings or token ids")
         try:
             ids = recorded_ids(self.engine.tokenizer, value)
             text = self.engine.text_of(ids)
@@ -481,13 +482,13 @@ class Task:
         self.run.check_position(context.position + left)
         constraint = self.engine.constraints.start(spec.type, held_space=held, stop=spec.stop)
         generation = Generation(spec, self.engine.tokenizer, constraint=constraint, held_space=held, limit=left)
-        seed = self.run.seed if spec.seed is None else int(self._evaluate(spec.seed))
-        key = draw_key(seed, self.run.input_index, self.here)
+        key = draw_key(self._seed(spec), self.run.input_index, self.here)
         parameters = {name: self._parameter(spec, name) for name in SAMPLING}
         wants = bool(spec.logprobs) or self.run.wants_logprobs
         context.expect = -(-(len(context.unfed) + left) // context.pool.page_size)
         request = Draw(node, generation, key, parameters, wants)
-        yield request
+        if generation.done is None:
+            yield request
         self._settle(generation)
         if generation.done == "max" and left < spec.max_tokens:
             return replace(self.gen_ended(request), end="truncated", reason="the budget ran out")
@@ -514,9 +515,21 @@ class Task:
         if expr is None:
             return SAMPLING_DEFAULTS[name]
         value = self._evaluate(expr)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise BranchStopped(f"`{name}` is not a number")
+        try:
+            check_sampling(Option(name, Int(value) if isinstance(value, int) else Float(value)))
+        except PlanError as error:
+            raise BranchStopped(str(error.diagnostics[0].message)) from None
         return value
+
+    def _seed(self, spec: GenSpec) -> int:
+        if spec.seed is None:
+            return self.run.seed
+        seed = self._evaluate(spec.seed)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise BranchStopped("`seed` is not a whole number")
+        return seed
 
     def _settle(self, generation: Generation) -> None:
         """Make the context hold what the gen keeps.
@@ -529,6 +542,7 @@ class Task:
             logits = context.logits
             context.discard(1)
             self.run.counts["tokens_unfed"] += 1
+            self.run.counts["tokens_trimmed"] += drawn - kept - (generation.done == "end_of_turn")
             if kept < drawn - 1:
                 context.trim(drawn - 1 - kept)
                 logits = None
@@ -769,6 +783,10 @@ class Task:
             context.alias(entries, end)
             context.logits = logits
         self.run.check_position(end)
+
+
+def _all_of(items: list[Value]) -> bool:
+    return all(isinstance(i, str) for i in items) or all(isinstance(i, int) and not isinstance(i, bool) for i in items)
 
 
 def _fresh(limits: Limits, arm: graph.Arm) -> bool:

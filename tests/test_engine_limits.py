@@ -1,0 +1,131 @@
+"""The engine held to its limits: odd values, broken steps, wide joins, bounds, shared use."""
+
+import asyncio
+
+import pytest
+from test_engine import VOTE, assert_idle, engine, one
+
+from anabranch.runtime.events import GenEnded, RunEnded
+
+
+def test_two_streams_share_an_engine() -> None:
+    """Streams awaited side by side do not step under each other's hands, and each gets its own run's end."""
+    found = engine()
+
+    async def last(question: str) -> object:
+        events = [e.event async for e in found.stream(VOTE, {"q": question})]
+        return events[-1]
+
+    async def both() -> list[object]:
+        return list(await asyncio.gather(last("one"), last("two")))
+
+    for ended in asyncio.run(both()):
+        assert isinstance(ended, RunEnded)
+        assert ended.status == "ok"
+    assert_idle(found)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", -1.0),
+        ("top_k", 10**30),
+        ("top_k", 1.5),
+        ("top_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("seed", "x"),
+    ],
+)
+def test_a_sampling_option_out_of_range_fails_its_branch(option: str, value: object) -> None:
+    """A computed option is held to the range of a written one; a run beside it goes on."""
+    found = engine()
+    bad = found.submit(f'p = plan(t) {{ text("a"); x = gen(max=2, {option}=t); return(x); }}', {"t": value})
+    good = found.submit(VOTE, {"q": "x"})
+    while found.step():
+        pass
+    assert bad.result is not None
+    assert good.result is not None
+    assert (bad.result.status, good.result.status) == ("failed", "ok")
+    assert f"`{option}`" in bad.result.reason
+
+
+@pytest.mark.parametrize("value", ["ab" * 5000, 3, ["a", 1]])
+def test_recorded_text_that_does_not_fit_fails_its_branch(value: object) -> None:
+    """What a host function gives as recorded text is held to its type and to the bound that admission counted."""
+    plan = 'p = plan() { text("a"); y = f(); z = gen(recorded=y, max=4); w = gen(max=2); return(w); }'
+    found = engine()
+    assert one(found.run(plan, functions={"f": lambda: value})).status == "failed"
+    assert_idle(found)
+
+
+def test_a_stop_trims_what_was_drawn_past_it() -> None:
+    """Tokens of the stop itself are drawn, do not stay, and are counted apart."""
+    plan = 'p = plan() { text("a"); y = gen(max=60, stop=["e"]); z = gen("k", max=3); return([y, z]); }'
+    result = one(engine().run(plan))
+    ended = next(e for e in result.events if isinstance(e, GenEnded))
+    assert ended.end == "stop"
+    assert result.counts["tokens_trimmed"] > 0
+
+
+def test_a_plan_without_a_fork_is_cached_too() -> None:
+    """Also a prefix that ends in a gen is kept for the next run."""
+    found = engine()
+    plan = 'p = plan(q: text(60)) { text("#{q}"); x = gen(max=2); return(x); }'
+    question = {"q": "a question long enough to fill a page of sixteen"}
+    first, second = (one(found.run(plan, question)) for _ in range(2))
+    assert second.counts["tokens_cached"] >= 16
+    assert first.value == second.value
+
+
+def test_a_broken_step_does_not_poison_the_engine() -> None:
+    """An error inside a step fails the runs that were under way; the next run starts from an empty pool."""
+    found = engine()
+
+    def listener(run: object, event: object) -> None:
+        if isinstance(event, GenEnded):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        found.run(VOTE, {"q": "x"}, listener=listener)
+    assert_idle(found)
+    assert one(found.run(VOTE, {"q": "x"})).status == "ok"
+
+
+def test_the_critical_path_counts_what_a_deadline_cut() -> None:
+    """Tokens of late branches are on the path that the parent waited for."""
+    plan = """
+    p = plan() { text("x"); a = fork(2, deadline="30ms", fallback=["late"]) {
+      loop(50) { h = gen(max=20); }; return("done");
+    } join(all, drop); }
+    """
+    counts = one(engine(pages=4096).run(plan)).counts
+    assert 0 < counts["critical_path_tokens"] <= counts["tokens_decoded"]
+
+
+def test_a_batch_keeps_within_its_bounds() -> None:
+    """Pages and steps of several inputs stay within the bounds of the whole batch."""
+    found = engine(lanes=2)
+    for result in found.run(VOTE, [{"q": "one"}, {"q": "two"}, {"q": "three"}]):
+        assert result.counts["pages_peak"] <= result.counts["pages_bound"]
+        assert result.counts["steps"] <= result.counts["steps_bound"]
+
+
+def test_a_wide_fork_feeds_its_winner_again_within_the_bound() -> None:
+    """Above the width that keeps logits, the winner's last token is fed once more, and the bound knows."""
+    plan = (
+        'p = plan() { text("a"); f = fork(65) { text("k"); y = 1; return(y); } join(vote(y), stitch); z = gen(max=3); }'
+    )
+    counts = one(engine().run(plan)).counts
+    assert counts["tokens_recomputed"] == 1
+    assert counts["steps"] <= counts["steps_bound"]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_wide_quorum_closes(deterministic: bool) -> None:
+    """A quorum over two thousand branches closes as soon as five hundred agree."""
+    plan = """
+    p = plan() { text("x"); a = fork(2000) { g = gen(max=1); y = 1; return(y); } join(quorum(500, y)); return(a); }
+    """
+    result = one(engine(deterministic=deterministic).run(plan))
+    assert result.value == 1
+    assert sum(b.status == "ok" for b in result.branches) >= 500
