@@ -41,7 +41,7 @@ from anabranch.dsl.values import render
 
 Role: TypeAlias = Literal["user", "system", "assistant"]
 
-AGAIN = 8  # tokens that a generated value may take more when it is encoded again (DESIGN, "Bounds")
+AGAIN = 8  # tokens that a generated value may take more when it is encoded again
 NUMBER = 24  # tokens of a computed number: every float's repr, and ints below 10**24
 HOST = 512  # tokens of what a host function returns: it states no bound, and a plan must have one
 BOOL = 5  # tokens of `false`, byte by byte

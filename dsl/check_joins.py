@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anabranch.dsl import types
-from anabranch.dsl.ast import Block, Join
+from anabranch.dsl.ast import Block, Expand, Gen, If, Join, Loop, Option
 from anabranch.dsl.check_flow import stitches_several
 from anabranch.dsl.check_keys import key_paths, show_gen
 from anabranch.dsl.check_report import Report
-from anabranch.dsl.diagnostics import NOWHERE, Span
+from anabranch.dsl.diagnostics import NOWHERE, PlanError, Span
+from anabranch.dsl.options import read_type
 from anabranch.dsl.scope import Scope
-from anabranch.dsl.spec import JoinSpec
+from anabranch.dsl.spec import ChoiceType, JoinSpec
 from anabranch.dsl.target import Target
 from anabranch.dsl.types import ANY, ListOf, Record, Text, Type, show
 
@@ -107,6 +108,13 @@ class JoinChecker:
                     span,
                     help="bind it with `gen(type=int)` or `gen(type=float)`, or use `best(logprob)`",
                 )
+        if spec.kind == "best" and spec.key == "logprob" and not any(_can_draw(arm.body) for arm in arms):
+            self._report.warn(
+                "best-without-draw",
+                "`best(logprob)` compares tokens that a branch samples itself, and no branch samples any",
+                span,
+                help="write a `gen` in the branch that is sampled, or `best(x)` with a number `x`",
+            )
         first = arms[0].value
         for arm in arms[1:]:
             if not types.comparable(first, arm.value):
@@ -160,6 +168,36 @@ class JoinChecker:
                 )
                 return ANY
         return ANY if found is None else found
+
+
+def _can_draw(block: Block) -> bool:
+    """Whether a branch with this body may sample tokens itself: those of forks and calls in it are not its own."""
+    for stmt in block.stmts:
+        match stmt:
+            case Gen(options=options):
+                written = {option.name: option for option in options}
+                if "recorded" not in written and not ("type" in written and _is_scored(written["type"])):
+                    return True
+            case Loop(body=body):
+                if _can_draw(body):
+                    return True
+            case If(then=then, orelse=orelse):
+                if _can_draw(then) or (orelse is not None and _can_draw(orelse)):
+                    return True
+            case Expand():
+                return True
+            case _:
+                pass
+    return False
+
+
+def _is_scored(option: Option) -> bool:
+    """Whether `type=` is a choice whose options are scored; a type that is wrong is reported at its gen."""
+    try:
+        kind = read_type(option.value)
+    except PlanError:
+        return False
+    return isinstance(kind, ChoiceType) and kind.by == "logprob"
 
 
 def _merged(arms: Sequence[Arm]) -> Type:

@@ -435,20 +435,3 @@ def logprob(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns [n] of the dtype of `logits`.
     """
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_normalizer(logits)
-
-
-def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` likeliest tokens of each row: (ids int64 [n, count], natural-log probabilities fp32 [n, count]).
-
-    Most likely first, the lowest id first on ties. logits: fp32 [n, vocab].
-    """
-    if not 0 < count <= logits.shape[-1]:
-        raise ValueError(f"count must be from 1 to {logits.shape[-1]}, not {count}")
-    values = logits.numpy()
-    ids = np.empty((len(values), count), dtype=np.int64)
-    for row, line in enumerate(values):
-        edge = np.partition(line, len(line) - count)[len(line) - count]
-        tokens = np.flatnonzero(line >= edge)
-        ids[row] = tokens[np.argsort(-line[tokens], kind="stable")][:count]
-    picked = torch.from_numpy(ids)
-    return picked, logits.gather(-1, picked) - log_normalizer(logits).unsqueeze(-1)

@@ -22,8 +22,8 @@ from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.pages import KvStore, Segment, View
 from anabranch.runtime.rope import rope_table
 
-# A run of this many tokens that one row alone sees is read in place; a shorter one is cheaper to copy into the padded
-# call (benchmarks/attention.py).
+# A run of this many tokens that one row alone sees is read in place; a shorter one is copied into the padded call. The
+# figure is a choice, not yet measured.
 OWN_CALL_TOKENS = 256
 # A block of rows joins the padded call while rows x keys stay below this; above, it is a causal call of its own.
 PADDED_BLOCK = 4096

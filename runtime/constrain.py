@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.dsl.diagnostics import Diagnostic, PlanError
+from anabranch.dsl.patterns import parser_limits
 from anabranch.dsl.spec import (
     BoolType,
     ChoiceType,
@@ -269,18 +270,8 @@ def _value_starts(data: bytes, held_space: bool, matches: Callable[[bytes], bool
     return 0 if matches(data) else None
 
 
-def _limits() -> Any:
-    return llguidance.LLParserLimits(
-        initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=200_000,
-        max_lexer_states=50_000,
-        max_grammar_size=100_000,
-        verbose_errors=False,
-    )
-
-
 def _matcher(vocabulary: Vocabulary, grammar: str) -> Any:
-    matcher = llguidance.LLMatcher(vocabulary.tokenizer.ll_tokenizer(), grammar, log_level=0, limits=_limits())
+    matcher = llguidance.LLMatcher(vocabulary.tokenizer.ll_tokenizer(), grammar, log_level=0, limits=parser_limits())
     if matcher.is_error():
         raise ConstraintError(_reason(matcher.get_error()))
     return matcher

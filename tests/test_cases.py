@@ -6,17 +6,14 @@ blocks, each of which holds what that plan gives at that stage. `pytest tests/te
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from anabranch.dsl import ast
+from anabranch.compiler.show import show
+from anabranch.dsl.check import check
 from anabranch.dsl.diagnostics import PlanError, Source
 from anabranch.dsl.parse import parse
 from anabranch.dsl.printer import dump_ast
@@ -49,32 +46,19 @@ def read_cases(document: str) -> list[Case]:
     return cases
 
 
-def checker() -> Callable[[ast.Program], Any] | None:
-    """The checker, where there is one."""
-    if find_spec("anabranch.dsl.check") is None:
-        return None
-    check: Callable[[ast.Program], Any] = importlib.import_module("anabranch.dsl.check").check
-    return check
-
-
 def given(case: Case) -> str:
-    """What the case's plan gives at its stage; errors and warnings as they are shown. Skips what can't be had yet."""
+    """What the case's plan gives at its stage; errors and warnings as they are shown."""
     source = Source("case.plan", case.plan)
-    check = checker()
     try:
         program = parse(source)
         if case.stage == "ast":
             return dump_ast(program)
-        if check is None:
-            pytest.skip("there is no checker")
         checked = check(program)
         if case.stage == "warning":
             return "\n\n".join(warning.render(source) for warning in checked.warnings) + "\n"
         if case.stage == "error":
             return "no error\n"
-        if find_spec("anabranch.compiler.show") is None:
-            pytest.skip("there is no compiler")
-        shown: str = importlib.import_module("anabranch.compiler.show").show(program, case.stage)
+        shown = show(program, "graph" if case.stage == "graph" else "schedule")
         return shown if shown.endswith("\n") else shown + "\n"
     except PlanError as error:
         return error.render() + "\n"

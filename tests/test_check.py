@@ -179,6 +179,10 @@ WARNINGS = {
         'x = fork(2) { k = gen("a", max=3); } join(vote(k), drop); return(x);',
         'x = fork(2) { k = gen("a", max=3); } join(vote(k, by=exact), drop); return(x);',
     ),
+    "best-without-draw": (
+        'x = fork(2) { gen("a", max=3, recorded="b"); } join(best(logprob), drop); return(x);',
+        'x = fork(2) { if (q == "a") { gen("a", max=3); }; } join(best(logprob), drop); return(x);',
+    ),
     "fork-of-one": ("x = fork(1) { return(1); }; return(x);", "x = fork(2) { return(1); }; return(x);"),
     "unused-join": ("x = fork(2) { return(1); }; return(q);", "x = fork(2) { return(1); }; return(x);"),
     "unreachable": ("return(q); text(q);", 'if (q == "a") { return(q); }; text(q);'),
@@ -299,6 +303,8 @@ def test_keys_are_not_taken_from_outside() -> None:
 def test_logprob_needs_no_binding() -> None:
     """`best(logprob)` is built in, and no name may take its place."""
     assert codes('x = fork(2) { gen("a", max=3); } join(best(logprob), drop); return(x);') == []
+    scored = 'gen("a", max=3, type=choice("b", "c", by="logprob"));'
+    assert codes(f"x = fork(2) {{ {scored} }} join(best(logprob), drop); return(x);") == ["best-without-draw"]
     assert codes("logprob = 1;") == ["reserved-word"]
 
 

@@ -127,13 +127,11 @@ def _agree(text: str) -> bool:
 
 def test_the_grammar_has_no_conflict() -> None:
     """lark's strict mode finds no conflict and no two terminals that match the same text in one place."""
-    pytest.importorskip("interegular")
     lark_parser(strict=True)
 
 
 def test_strict_mode_sees_a_conflict() -> None:
     """The test above can fail: an ambiguous rule is refused."""
-    pytest.importorskip("interegular")
     ambiguous = grammar_text().replace("?sum: term |", "?sum: term | sum sum |")
     with pytest.raises(Exception, match="conflict"):
         Lark(ambiguous, parser="lalr", strict=True)

@@ -85,7 +85,6 @@ def test_folders_are_not_imported_past_the_package(copy: Path) -> None:
 
 def test_the_package_is_whole(copy: Path) -> None:
     """A wheel, made from the tree or from an sdist, holds one package with every module and the grammar, once."""
-    pytest.importorskip("hatchling")
     build = "import sys, hatchling.build as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 
     def names(folder: Path) -> list[str]:
