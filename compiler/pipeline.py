@@ -54,7 +54,7 @@ class Compiled:
 
     def bounds(self, host: Host, inputs: Mapping[str, Any]) -> Bounds:
         """The bounds of a run on `inputs`. Raises PlanError as `check_inputs` and `check_bounds` do."""
-        self.check_inputs(inputs)
+        self.check_inputs(inputs, host.sizes)
         return self.check_bounds(self.bounds_on(host.machine, host.sizes, inputs), host.machine, host.max_context)
 
     def bounds_on(
@@ -69,8 +69,11 @@ class Compiled:
         measured = measure(self.graph, counted, inputs)
         return Bounds(self.graph, measured, machine, start=counted.start)
 
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Whether the main plan may run on `inputs`. Raises PlanError: missing-input, unknown-input, bad-input."""
+    def check_inputs(self, inputs: Mapping[str, Any], sizes: Sizes | None = None) -> None:
+        """Whether the main plan may run on `inputs`; `sizes` as in `check_values`.
+
+        Raises PlanError: missing-input, unknown-input, bad-input.
+        """
         plan = self.graph.plans[self.graph.main]
         found: list[Diagnostic] = []
         for name in plan.params:
@@ -93,7 +96,7 @@ class Compiled:
                 )
         if found:
             raise PlanError(found, self.program.source)
-        self.check_values(inputs)
+        self.check_values(inputs, sizes)
 
     def check_values(self, inputs: Mapping[str, Any], sizes: Sizes | None = None) -> None:
         """The values of those parameters that are given, against their stated bounds.

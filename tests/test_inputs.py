@@ -9,6 +9,8 @@ import pytest
 from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.parse import parse_text
+from anabranch.runtime.engine import Engine, EngineConfig
+from anabranch.runtime.models import load
 
 PLAN = """
 p = plan(n: int, f: float, xs: list(2), ts: list(3, text(4)), t: text(4), any) {
@@ -71,3 +73,30 @@ def test_every_wrong_value_is_told_at_once() -> None:
     with pytest.raises(PlanError) as caught:
         compiled().check_inputs({**GOOD, "n": "seven", "xs": [1, 2, 3]})
     assert [found.code for found in caught.value.diagnostics] == ["bad-input", "bad-input"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """On the random test model, whose tokens are mostly bytes."""
+    return Engine(load("random"), EngineConfig(lanes=4, pages=256))
+
+
+@pytest.mark.parametrize(("name", "value"), [("t", "#!?%&"), ("ts", ["a", "#!?%&"])])
+def test_a_text_past_its_bound_is_refused(engine: Engine, name: str, value: object) -> None:
+    """With a tokenizer at hand a text of more tokens than its bound is refused, also inside a list."""
+    with pytest.raises(PlanError) as caught:
+        engine.submit(PLAN, {**GOOD, name: value})
+    (found,) = caught.value.diagnostics
+    tokens = engine.sizes.tokens([("#!?%&", False)])
+    assert tokens > 4
+    assert found.code == "bad-input"
+    assert found.message == f"a text of the input `{name}` takes {tokens} tokens, and its bound is 4"
+    assert not engine.step()
+
+
+def test_a_text_of_just_its_bound_runs(engine: Engine) -> None:
+    """The bound itself is permitted."""
+    text = "#!?%"
+    assert engine.sizes.tokens([(text, False)]) == 4
+    (result,) = engine.run(PLAN, {**GOOD, "t": text, "ts": [text]})
+    assert result.status == "ok"
