@@ -15,7 +15,8 @@ from anabranch.compiler.sizes import ByteSizes, Sizes, measure
 from anabranch.compiler.verify_graph import verify_graph
 from anabranch.dsl.ast import Program
 from anabranch.dsl.check import Target, check
-from anabranch.dsl.diagnostics import Diagnostic, PlanError
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, Span
+from anabranch.dsl.types import ANY, bounded_texts, input_mismatch, of_bound, show
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     fold_constants,
@@ -53,7 +54,7 @@ class Compiled:
 
     def bounds(self, host: Host, inputs: Mapping[str, Any]) -> Bounds:
         """The bounds of a run on `inputs`. Raises PlanError as `check_inputs` and `check_bounds` do."""
-        self.check_inputs(inputs)
+        self.check_inputs(inputs, host.sizes)
         return self.check_bounds(self.bounds_on(host.machine, host.sizes, inputs), host.machine, host.max_context)
 
     def bounds_on(
@@ -68,8 +69,11 @@ class Compiled:
         measured = measure(self.graph, counted, inputs)
         return Bounds(self.graph, measured, machine, start=counted.start)
 
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Raises PlanError: missing-input, unknown-input."""
+    def check_inputs(self, inputs: Mapping[str, Any], sizes: Sizes | None = None) -> None:
+        """Whether the main plan may run on `inputs`; `sizes` as in `check_values`.
+
+        Raises PlanError: missing-input, unknown-input, bad-input.
+        """
         plan = self.graph.plans[self.graph.main]
         found: list[Diagnostic] = []
         for name in plan.params:
@@ -90,6 +94,40 @@ class Compiled:
                         "unknown-input", f"`{plan.name}` has no parameter `{name}`", None, help=f"it takes {takes}"
                     )
                 )
+        if found:
+            raise PlanError(found, self.program.source)
+        self.check_values(inputs, sizes)
+
+    def check_values(self, inputs: Mapping[str, Any], sizes: Sizes | None = None) -> None:
+        """The values of those parameters that are given, against their stated bounds.
+
+        sizes: counts the tokens of a text; its length is not checked when None, or when the counts are not exact
+        Raises PlanError: bad-input.
+        """
+        plan = self.graph.plans[self.graph.main]
+        found: list[Diagnostic] = []
+        for place, name in enumerate(plan.params):
+            if name not in inputs:
+                continue
+            bound = plan.bounds[place] if plan.bounds else None
+            span = None if bound is None else bound.span
+            stated = ANY if bound is None else of_bound(bound)
+            reason = input_mismatch(inputs[name], stated)
+            if reason:
+                found.append(
+                    Diagnostic(
+                        "bad-input",
+                        f"the input `{name}` takes {show(stated)}, and {reason}",
+                        span,
+                        help="give a value of that type, or change what the parameter states",
+                    )
+                )
+            elif sizes is not None and sizes.exact:
+                for text, most in bounded_texts(inputs[name], stated):
+                    tokens = sizes.tokens([(text, False)])
+                    if tokens > most:
+                        found.append(_input_too_long(name, tokens, most, span))
+                        break
         if found:
             raise PlanError(found, self.program.source)
 
@@ -142,6 +180,15 @@ def _reads_logprobs(graph: Graph) -> bool:
             if isinstance(node, Fork | Map) and node.join.kind == "best" and node.join.key == "logprob":
                 return True
     return False
+
+
+def _input_too_long(name: str, tokens: int, most: int, span: Span | None) -> Diagnostic:
+    return Diagnostic(
+        "bad-input",
+        f"a text of the input `{name}` takes {tokens} tokens, and its bound is {most}",
+        span,
+        help=f"shorten it, or state `text({tokens})`",
+    )
 
 
 def _too_long(node: Node, bounds: Bounds, max_context: int) -> Diagnostic:

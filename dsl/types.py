@@ -1,6 +1,6 @@
 """Types of the language's values, as the checker infers them.
 
-    type = Text(free) | Int | Float | Bool | ListOf(elem, most) | Record(fields) | AnyType
+    type = Text(free, most) | Int | Float | Bool | ListOf(elem, most) | Record(fields) | AnyType
 
 `AnyType` is a value that only the run knows: what a host function or a `json` gen yields, and a parameter without
 a bound. It goes with everything; what it turns out to be is checked when it is used.
@@ -8,6 +8,7 @@ a bound. It goes with everything; what it turns out to be is checked when it is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
@@ -24,14 +25,20 @@ from anabranch.dsl.spec import (
     LinesType,
     RegexType,
     TextType,
+    Value,
 )
+from anabranch.dsl.values import EvaluationError, checked
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """`free`: what a person or a model wrote without a form, so that two of one meaning seldom are equal."""
+    """`free`: what a person or a model wrote without a form, so that two of one meaning seldom are equal.
+
+    most: the most tokens that a parameter's bound permits; None where none is stated
+    """
 
     free: bool = field(default=True, compare=False)
+    most: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +159,34 @@ def of_bound(bound: Expr | None) -> Type:
             _bad_bound(f"the bound `{name}` takes {most or 'no'} argument{'s' if most != 1 else ''}", bound)
         )
     if name == "text":
-        if args:
-            bounded_int(args[0].value, 1, MAX_TOKENS, "the bound of a text")
-        return TEXT
+        return Text(most=bounded_int(args[0].value, 1, MAX_TOKENS, "the bound of a text")) if args else TEXT
     if name == "list":
         items = bounded_int(args[0].value, 0, MAX_WIDTH, "the bound of a list") if args else None
         return ListOf(of_bound(args[1].value) if len(args) > 1 else ANY, items)
     plain: dict[str, Type] = {"int": INT, "float": FLOAT, "bool": BOOL}
     return plain[name]
+
+
+def input_mismatch(value: object, t: Type) -> str:
+    """Why a caller may not pass `value` for a parameter of type `t`; "" where it may.
+
+    A tuple is refused, though a host function may return one: an input is used as it was given.
+    """
+    try:
+        checked(value, "it")
+    except EvaluationError as error:
+        return error.reason
+    return _not_plain(value) or _mismatch(value, t)
+
+
+def bounded_texts(value: Value, t: Type) -> Iterator[tuple[str, int]]:
+    """The texts in a `value` of type `t` whose length is bounded, each with the most tokens it may take."""
+    match t:
+        case Text(most=int(most)):
+            yield value, most
+        case ListOf(elem=elem):
+            for item in value:
+                yield from bounded_texts(item, elem)
 
 
 def is_number(t: Type) -> bool:
@@ -199,6 +226,73 @@ def merge(a: Type, b: Type) -> Type:
             return Record(tuple((n, merge(s, t)) for (n, s), (_, t) in zip(x, y, strict=True)))
         case _:
             return a if a == b else ANY
+
+
+def _not_plain(value: Value) -> str:
+    """What in a value that `checked` accepts is no input all the same."""
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        match inner:
+            case tuple():
+                return "a tuple is no value of the language: pass a list"
+            case list():
+                waiting.extend(inner)
+            case dict():
+                waiting.extend(inner)
+                waiting.extend(inner.values())
+            case str() if not inner.isascii():
+                try:
+                    inner.encode()
+                except UnicodeEncodeError:
+                    return "a text in it can't be written as UTF-8"
+    return ""
+
+
+def _mismatch(value: Value, t: Type) -> str:
+    """Why `value` is none of type `t`; "" when it is one."""
+    match t:
+        case AnyType():
+            return ""
+        case Text():
+            is_one = isinstance(value, str)
+        case Bool():
+            is_one = isinstance(value, bool)
+        case Int():
+            is_one = isinstance(value, int) and not isinstance(value, bool)
+        case Float():
+            is_one = isinstance(value, int | float) and not isinstance(value, bool)
+        case ListOf(elem=elem, most=most):
+            is_one = isinstance(value, list)
+            if is_one and most is not None and len(value) > most:
+                return f"this has {len(value)} items"
+            for item in value if is_one else ():
+                if reason := _mismatch(item, elem):
+                    return f"in one item {reason}"
+        case Record():
+            is_one = isinstance(value, dict)
+        case _:
+            assert_never(t)
+    return "" if is_one else f"this is {_kind(value)}"
+
+
+def _kind(value: Value) -> str:
+    # Not the words of `values.kind`: whoever gives an input may never have read the language.
+    match value:
+        case str():
+            return "text"
+        case bool():
+            return "true or false"
+        case int():
+            return "a whole number"
+        case float():
+            return "a number"
+        case list():
+            return "a list"
+        case None:
+            return "null"
+        case _:
+            return "an object"
 
 
 def _bad_bound(message: str, bound: Expr, near: str = "") -> Diagnostic:

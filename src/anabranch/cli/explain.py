@@ -55,6 +55,7 @@ def explain_file(file: str, settings: Settings) -> None:
         engine = _engine(settings.model, settings)
         compiled = engine.compile(program, chosen.name, tuple(functions))
         machine, sizes = engine.machine, engine.sizes
+        compiled.check_values(given, sizes)
         bounds = compiled.bounds_on(machine, sizes, given)
         compiled.check_bounds(bounds, machine, engine.max_context)
         found = explain(compiled, machine, sizes=sizes, inputs=given, baseline_tokens=settings.baseline)

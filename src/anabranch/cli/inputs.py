@@ -13,7 +13,7 @@ from anabranch.cli.errors import fail
 from anabranch.dsl.ast import PlanDef
 from anabranch.dsl.diagnostics import did_you_mean
 from anabranch.dsl.spec import Value
-from anabranch.dsl.types import AnyType, Bool, Float, Int, ListOf, Record, Text, Type, of_bound, show
+from anabranch.dsl.types import AnyType, Text, Type, input_mismatch, of_bound, show
 
 _JSON_HELP: Final = 'write JSON, such as `xs=["a", "b"]` or `n=3`'
 
@@ -102,8 +102,7 @@ def _check_values(values: Mapping[str, Value], types: Mapping[str, Type], plan: 
     for name, value in values.items():
         if name not in types:
             _unknown(name, types, plan, where)
-        reason = _mismatch(value, types[name])
-        if reason:
+        if reason := input_mismatch(value, types[name]):
             fail("bad-input", f"the input `{name}` takes {show(types[name])}, and {reason}{where}", _JSON_HELP)
 
 
@@ -129,39 +128,3 @@ def _check_utf8(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         fail("bad-input", f"{what} is not UTF-8", "give it as `@file`, saved as UTF-8")
-
-
-def _mismatch(value: Value, t: Type) -> str:
-    """Why `value` is none of type `t`; "" when it is one."""
-    match t:
-        case AnyType():
-            return ""
-        case Text():
-            fits = isinstance(value, str)
-        case Bool():
-            fits = isinstance(value, bool)
-        case Int():
-            fits = isinstance(value, int) and not isinstance(value, bool)
-        case Float():
-            fits = isinstance(value, int | float) and not isinstance(value, bool)
-        case ListOf(elem=elem, most=most):
-            fits = isinstance(value, list)
-            if fits and most is not None and len(value) > most:
-                return f"this has {len(value)} items"
-            for item in value if fits else ():
-                if reason := _mismatch(item, elem):
-                    return f"in one item {reason}"
-        case Record():
-            fits = isinstance(value, dict)
-    return "" if fits else f"this is {_kind(value)}"
-
-
-def _kind(value: Value) -> str:
-    kinds: dict[type, str] = {
-        str: "text",
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        list: "a list",
-    }
-    return kinds.get(type(value), "null" if value is None else "an object")
