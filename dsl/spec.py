@@ -81,7 +81,7 @@ class GenSpec:
     stop: texts that end a text gen; none is empty
     sampling: the options of `SAMPLING` that were written, as expressions
     seed: overrides the plan's seed for this gen
-    logprobs: how many alternatives to report per token; 0 for none
+    logprobs: above 0, the drawn tokens' log-probabilities are kept in the gen's event
     recorded: forced text (a string, a list of strings, or `ids(...)`), or None
     """
 
