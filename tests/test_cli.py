@@ -171,6 +171,20 @@ def test_check_with_a_model_knows_its_context(tmp_path: Path) -> None:
     assert "skipped" not in result.stdout
 
 
+def test_check_with_a_model_knows_how_long_a_type_is(tmp_path: Path) -> None:
+    """A `max` below what a type takes in the model's tokens is an error, in every plan of the file."""
+    text = """
+short = plan() { text("x"); b = gen(max=2, type=choice("#!?%", "&*#!?%")); return(b); }
+main = plan() { text("x"); b = gen(max=4, type=choice("#!?%")); return(b); }
+"""
+    assert cli("check", write(tmp_path, text)).exit_code == 0
+    result = cli("check", write(tmp_path, text), "--model", "random")
+    assert result.exit_code == 1
+    assert "error[max-too-small]: `max=2` is too short for `choice(...)`, which takes at least 4" in result.stderr
+    assert "a.plan:2:" in result.stderr
+    assert cli("check", write(tmp_path, text.replace("max=2", "max=4")), "--model", "random").exit_code == 0
+
+
 def test_check_names_no_such_plan(plan: str) -> None:
     """`--plan` with a name that is not there suggests the one that is."""
     result = cli("check", plan, "--plan", "aks")
