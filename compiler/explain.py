@@ -33,6 +33,7 @@ class Explanation:
     steps_bound: model calls that a run never exceeds, without page pressure or waits for the host
     scheduled_steps, scheduled_pages: of the static schedule: estimates; None where the pool is too small for it
     predicted_s: of that schedule, from the cost model of `chip`: an estimate
+    assumed_shape: the model whose shape `predicted_s` is for where none is known; empty where it is the model's own
     exact_sizes: text was counted with the model's tokenizer; else by bytes, which is an upper bound
     unbounded: parameters that state no bound and were not given, which count as empty
     """
@@ -59,6 +60,7 @@ class Explanation:
     scheduled_pages: int | None
     predicted_s: float | None
     chip: str
+    assumed_shape: str
     exact_sizes: bool
     unbounded: tuple[str, ...]
 
@@ -86,9 +88,14 @@ class Explanation:
             ("steps", f"{self.steps_bound:,}", "model calls, at most"),
         ]
         if self.scheduled_steps is not None and self.predicted_s is not None:
+            shape = f" with {self.assumed_shape}'s shape" if self.assumed_shape else ""
             rows += [
                 ("scheduled steps", f"{self.scheduled_steps:,}", "of the static schedule, an estimate"),
-                ("predicted time", f"{self.predicted_s:,.1f} s", f"of that schedule on {self.chip}, an estimate"),
+                (
+                    "predicted time",
+                    f"{self.predicted_s:,.1f} s",
+                    f"of that schedule{shape} on {self.chip}, an estimate",
+                ),
             ]
         names = max(len(name) for name, _, _ in rows)
         values = max(len(value) for _, value, _ in rows)
@@ -109,7 +116,7 @@ def explain(
     sizes: Sizes | None = None,
     inputs: Mapping[str, Any] | None = None,
     baseline_tokens: int | None = None,
-    model: ModelShape = SMOLLM2,
+    model: ModelShape | None = None,
     chip: Chip = CPU,
 ) -> Explanation:
     """Explain a compiled plan on `machine`.
@@ -117,6 +124,7 @@ def explain(
     sizes: how text becomes tokens; bytes are counted when None
     inputs: parameters that are known
     baseline_tokens: what a sequential answer took, for the token latency speedup
+    model: its shape, for the predicted time; SmolLM2's when None, and then the explanation says so
     """
     bounds = compiled.bounds_on(machine, sizes, inputs)
     cost = bounds.cost
@@ -145,8 +153,9 @@ def explain(
         steps_bound=bounds.steps_bound(machine),
         scheduled_steps=None if schedule is None else schedule.calls,
         scheduled_pages=None if schedule is None else schedule.pages_peak,
-        predicted_s=None if schedule is None else predict_seconds(schedule, model, chip),
+        predicted_s=None if schedule is None else predict_seconds(schedule, model or SMOLLM2, chip),
         chip=chip.name,
+        assumed_shape="SmolLM2" if model is None else "",
         exact_sizes=bounds.measured.exact,
         unbounded=bounds.measured.unbounded,
     )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from anabranch.compiler.bounds import Bounds
-from anabranch.compiler.graph import Fork, Graph, Map, Node, Write, walk
+from anabranch.compiler.graph import Decode, Fork, Graph, Map, Node, Region, Write, walk
 from anabranch.compiler.lower import lower
 from anabranch.compiler.scheduler import Machine
 from anabranch.compiler.simplify import drop_dead_arms, drop_unreached, fold_constants, merge_arms
 from anabranch.compiler.sizes import ByteSizes, Sizes, measure
 from anabranch.compiler.verify_graph import verify_graph
-from anabranch.dsl.ast import Program
+from anabranch.dsl.ast import Expr, Program, Str
 from anabranch.dsl.check import Target, check
 from anabranch.dsl.diagnostics import Diagnostic, PlanError, Span
+from anabranch.dsl.options import show_type
+from anabranch.dsl.spec import ChoiceType, GenType, JsonType, TextType
 from anabranch.dsl.types import ANY, bounded_texts, input_mismatch, of_bound, show
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
@@ -35,6 +37,20 @@ class Host(Protocol):
     def sizes(self) -> Sizes: ...
     @property
     def max_context(self) -> int: ...
+
+
+NEVER = 1 << 30
+"""A least length from here on says that no tokens make a value: automata count so for a state that reaches none."""
+
+
+class LeastTokens(Protocol):
+    """The fewest tokens that a value of a type takes, with a space before it that is no part of it or without.
+
+    `NEVER` or more where no tokens make a value.
+    Raises PlanError if the type cannot be used.
+    """
+
+    def __call__(self, kind: GenType, *, held_space: bool) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +147,29 @@ class Compiled:
         if found:
             raise PlanError(found, self.program.source)
 
+    def check_least(self, least_tokens: LeastTokens) -> None:
+        """Whether every `max` leaves room for the shortest value of its type, in a model's tokens.
+
+        Where only the run knows whether a space is held back before a gen, the shorter of the two counts. A gen that
+        draws nothing (a recorded one, a choice by logprob) is passed over.
+        Raises PlanError: max-too-small, impossible-type, and bad-regex or bad-choice for a type that cannot be used.
+        """
+        found: list[Diagnostic] = []
+        for plan in self.graph.plans.values():
+            for region, place in walk(plan.region):
+                node = region.nodes[place]
+                if not isinstance(node, Decode) or not _is_drawn_by_type(node):
+                    continue
+                try:
+                    diagnostic = _max_too_small(node, _holds_space(region, place), least_tokens)
+                except PlanError as error:
+                    found += [replace(wrong, span=node.span) for wrong in error.diagnostics]
+                    continue
+                if diagnostic is not None:
+                    found.append(diagnostic)
+        if found:
+            raise PlanError(found, self.program.source)
+
     def check_bounds(self, bounds: Bounds, machine: Machine, max_context: int | None = None) -> Bounds:
         """Returns `bounds`. Raises PlanError: prompt-too-long, context-too-long, pool-too-small."""
         past = None if max_context is None else bounds.first_past(max_context)
@@ -180,6 +219,55 @@ def _reads_logprobs(graph: Graph) -> bool:
             if isinstance(node, Fork | Map) and node.join.kind == "best" and node.join.key == "logprob":
                 return True
     return False
+
+
+def _is_drawn_by_type(node: Decode) -> bool:
+    kind = node.spec.type
+    if node.spec.recorded is not None or (isinstance(kind, ChoiceType) and kind.by == "logprob"):
+        return False
+    # Of these the least is one token, or not known.
+    return not isinstance(kind, TextType | JsonType)
+
+
+def _max_too_small(node: Decode, held_space: bool | None, least_tokens: LeastTokens) -> Diagnostic | None:
+    kind, most = node.spec.type, node.spec.max_tokens
+    needs = least_tokens(kind, held_space=bool(held_space))
+    if needs > most and held_space is None:
+        needs = least_tokens(kind, held_space=True)
+    if needs <= most:
+        return None
+    if needs >= NEVER:
+        return Diagnostic("impossible-type", f"no tokens of this model make a value of `{show_type(kind)}`", node.span)
+    return Diagnostic(
+        "max-too-small",
+        f"`max={most}` is too short for `{show_type(kind)}`, which takes at least {needs} tokens of this model",
+        node.span,
+        help=f"write `max={needs}` or more",
+    )
+
+
+def _holds_space(region: Region, place: int) -> bool | None:
+    """Whether a space is held back before the gen at `place`; None where only the run knows."""
+    node = region.nodes[place]
+    if isinstance(node, Decode) and node.prompt is not None:
+        return _ends_in_space(node.prompt)
+    before = region.nodes[place - 1] if place else None
+    match before:
+        case Write(hold_space=True, value=value):
+            return _ends_in_space(value)
+        case Write() | Decode():
+            return False
+        case _:
+            return None
+
+
+def _ends_in_space(value: Expr) -> bool | None:
+    if not isinstance(value, Str):
+        return None
+    if not value.parts:
+        return False
+    last = value.parts[-1]
+    return last.endswith(" ") if isinstance(last, str) else None
 
 
 def _input_too_long(name: str, tokens: int, most: int, span: Span | None) -> Diagnostic:

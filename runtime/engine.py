@@ -223,7 +223,10 @@ class Engine:
     def compile(
         self, plan: Program | str | Compiled, name: str | None = None, functions: Sequence[str] = ()
     ) -> Compiled:
-        """Compile a plan for this engine. Raises PlanError."""
+        """Compile a plan for this engine. Raises PlanError.
+
+        What is compiled already is taken as it is: a `max` below what its type takes then fails the branch.
+        """
         if isinstance(plan, Compiled):
             return plan
         program = parse_text(plan) if isinstance(plan, str) else plan
@@ -232,7 +235,9 @@ class Engine:
             deterministic=self.config.deterministic,
         )
         start_token = self.tokenizer.bos_id is not None
-        return compile_plan(program, name, functions=functions, target=target, start_token=start_token)
+        compiled = compile_plan(program, name, functions=functions, target=target, start_token=start_token)
+        compiled.check_least(self.constraints.least_tokens)
+        return compiled
 
     def submit(
         self,

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from typer.testing import CliRunner
 
 from anabranch.cli import live
 from anabranch.cli.app import app
+from anabranch.cli.explain import model_shape
 from anabranch.cli.text import json_text, one_line, printable
+from anabranch.compiler.cost import SMOLLM2
 from anabranch.dsl.printer import format_source
+from anabranch.runtime.config import ModelConfig, RopeConfig
 from anabranch.runtime.events import BranchEnded, BranchStarted, Event, GenEnded, Joined, TextDelta
 from anabranch.runtime.events import Path as ThreadPath
 
@@ -43,6 +47,22 @@ typed = plan(xs: list(4, int), n: int, f: float, t: text(100), any) {
   return([len(xs), n, f, t, any]);
 }
 """
+
+SMOLLM2_CONFIG = ModelConfig(
+    architecture="llama",
+    hidden_size=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    vocab_size=49152,
+    max_context=8192,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(theta=1e5),
+    sliding_window=(None,) * 30,
+    tied_embeddings=True,
+)
 
 COUNTS = {
     "tokens_decoded", "tokens_trimmed", "tokens_prefilled", "tokens_reprefilled", "tokens_flushed", "tokens_cached",
@@ -171,6 +191,20 @@ def test_check_with_a_model_knows_its_context(tmp_path: Path) -> None:
     assert "skipped" not in result.stdout
 
 
+def test_check_with_a_model_knows_how_long_a_type_is(tmp_path: Path) -> None:
+    """A `max` below what a type takes in the model's tokens is an error, in every plan of the file."""
+    text = """
+short = plan() { text("x"); b = gen(max=2, type=choice("#!?%", "&*#!?%")); return(b); }
+main = plan() { text("x"); b = gen(max=4, type=choice("#!?%")); return(b); }
+"""
+    assert cli("check", write(tmp_path, text)).exit_code == 0
+    result = cli("check", write(tmp_path, text), "--model", "random")
+    assert result.exit_code == 1
+    assert "error[max-too-small]: `max=2` is too short for `choice(...)`, which takes at least 4" in result.stderr
+    assert "a.plan:2:" in result.stderr
+    assert cli("check", write(tmp_path, text.replace("max=2", "max=4")), "--model", "random").exit_code == 0
+
+
 def test_check_names_no_such_plan(plan: str) -> None:
     """`--plan` with a name that is not there suggests the one that is."""
     result = cli("check", plan, "--plan", "aks")
@@ -292,6 +326,46 @@ def test_explain_bounds_what_a_run_takes(plan: str) -> None:
     for name in ("total_tokens", "critical_path_tokens", "tokens_prefilled", "tokens_aliased", "tokens_flushed"):
         assert counts[name] <= bound[name]
     assert counts["steps"] <= bound["steps_bound"]
+
+
+def test_explain_predicts_for_the_shape_of_the_model(plan: str) -> None:
+    """The time is the model's own where one is known; without one it is said whose shape was taken."""
+    assert "with SmolLM2's shape" in cli("explain", plan).stdout
+    unknown = document(cli("explain", plan, "--input", "q=why", "--json"))
+    text = cli("explain", plan, "--input", "q=why", "--model", "random", "--pages", "64").stdout
+    assert "predicted time" in text and "SmolLM2" not in text
+    small = document(cli("explain", plan, "--input", "q=why", "--model", "random", "--pages", "64", "--json"))
+    assert small["predicted_s"] < unknown["predicted_s"] / 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied_embeddings": False},
+        {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "qk_norm": True},
+    ],
+)
+def test_a_model_shape_counts_what_a_decoder_reads(changes: dict[str, bool]) -> None:
+    """SmolLM2's config gives the constant of the cost model, and each option of a config its own weights."""
+    config = replace(SMOLLM2_CONFIG, **changes)
+    found = model_shape(config, 4)
+    more = 0
+    if config.qk_norm:
+        more = 30 * (2 * 64 + (9 + 2 * 3) * 64 + 576 + 2 * 1536 + 576)
+    assert found.num_parameters == SMOLLM2.num_parameters + more
+    assert found.weight_bytes == 4 * found.num_parameters
+    assert found.kv_bytes_per_token == SMOLLM2.kv_bytes_per_token
+
+
+def test_explain_holds_a_text_to_its_bound(tmp_path: Path) -> None:
+    """With a model a given text is counted against the bound that its parameter states."""
+    file = write(tmp_path, 'a = plan(q: text(4)) { text("#{q}"); b = gen(max=2); return(b); }')
+    args = ("explain", file, "--model", "random", "--pages", "64", "--input")
+    assert cli(*args, "q=#!?%").exit_code == 0
+    result = cli(*args, "q=#!?%&*")
+    assert result.exit_code == 1
+    assert "error[bad-input]: a text of the input `q` takes 6 tokens, and its bound is 4" in result.stderr
 
 
 def test_explain_refuses_a_pool_that_is_too_small(plan: str) -> None:

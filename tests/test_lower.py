@@ -10,13 +10,15 @@ import pytest
 from anabranch.compiler.graph import Cond, Decode, Fork, Graph, Loop, Map, PlanGraph, Reduce, Region, Return, Write
 from anabranch.compiler.graph_text import graph_text
 from anabranch.compiler.lower import lower
-from anabranch.compiler.pipeline import compile_plan
+from anabranch.compiler.pipeline import NEVER, compile_plan
 from anabranch.compiler.show import show
 from anabranch.compiler.simplify import drop_dead_arms, drop_unreached, fold_constants, merge_arms
 from anabranch.compiler.verify_graph import VerifyError, verify_graph
 from anabranch.dsl.ast import Binary, Int
 from anabranch.dsl.check import check
+from anabranch.dsl.diagnostics import Diagnostic, PlanError
 from anabranch.dsl.parse import parse_text
+from anabranch.dsl.spec import GenType
 
 VOTE = """
 solve = plan(problem, budget=8000) {
@@ -238,6 +240,60 @@ b = plan(q) { x = a(q); return(x); }
     with pytest.raises(VerifyError) as caught:
         verify_graph(looped)
     assert caught.value.rule == "calls-end"
+
+
+@pytest.mark.parametrize(
+    ("body", "needs"),
+    [
+        ('text("x"); a = gen(max=1, type=int);', 3),
+        ('text("x "); a = gen(max=1, type=int);', 2),
+        ('a = gen("x", max=2, type=int);', 3),
+        ('a = gen("x#{q} ", max=1, type=int);', 2),
+        ('a = gen("x#{q}", max=1, type=int);', 2),
+        ('user("x "); a = gen(max=2, type=int);', 3),
+        ('if (q == "") { text("x"); }; a = gen(max=1, type=int);', 2),
+    ],
+)
+def test_a_max_below_its_type_is_told(body: str, needs: int) -> None:
+    """Where the run alone knows of a held-back space, the shorter of the two lengths is asked for."""
+
+    def least_tokens(kind: GenType, *, held_space: bool) -> int:
+        return 2 if held_space else 3
+
+    compiled = compile_plan(parse_text(f"p = plan(q) {{ {body} return(a); }}"))
+    with pytest.raises(PlanError) as caught:
+        compiled.check_least(least_tokens)
+    (found,) = caught.value.diagnostics
+    assert found.code == "max-too-small" and found.help == f"write `max={needs}` or more"
+    assert found.span is not None and "gen(" in compiled.program.source.text[found.span.start : found.span.end]
+
+
+@pytest.mark.parametrize(
+    "gen",
+    [
+        'gen("x", max=3, type=int)',
+        'gen("x", max=1)',
+        'gen("x", max=1, type=int, recorded="12345")',
+        'gen("x", max=1, type=choice("a", "b", by="logprob"))',
+    ],
+)
+def test_a_max_is_no_matter_where_nothing_is_drawn_by_type(gen: str) -> None:
+    """A gen of text, a recorded one and a scored choice have no least length."""
+    compile_plan(parse_text(f"p = plan() {{ a = {gen}; return(a); }}")).check_least(lambda kind, *, held_space: 3)
+
+
+def test_a_type_that_cannot_be_is_shown_where_it_stands() -> None:
+    """No tokens make its value, or the mask engine refuses it: told before the run, at the gen."""
+    compiled = compile_plan(parse_text('p = plan() { a = gen("x", max=3, type=regex("a")); return(a); }'))
+
+    def refuse(kind: GenType, *, held_space: bool) -> int:
+        raise PlanError(Diagnostic("bad-regex", "no"))
+
+    for least_tokens, code in ((lambda kind, *, held_space: NEVER, "impossible-type"), (refuse, "bad-regex")):
+        with pytest.raises(PlanError) as caught:
+            compiled.check_least(least_tokens)
+        (found,) = caught.value.diagnostics
+        assert found.code == code and found.span is not None and found.span.start > 0
 
 
 def test_compiled_says_whether_logprobs_are_read() -> None:

@@ -16,7 +16,10 @@ from anabranch.dsl.diagnostics import PlanError
 if TYPE_CHECKING:
     from anabranch.runtime.engine import Engine
 
-_NEEDS_MODEL = "whether prompts and the worst case fit a model's context and the pages: that needs `--model`"
+_NEEDS_MODEL = (
+    "whether prompts and the worst case fit a model's context and the pages, and each `max` the tokens of its type: "
+    "that needs `--model`"
+)
 
 
 def check_files(files: Sequence[str], plan: str | None, model: str | None, functions: str | None) -> None:
@@ -46,6 +49,10 @@ def _check_file(file: str, plan: str | None, functions: Collection[str], engine:
     chosen = chosen_plan(program, plan)
     if engine is None:
         return check(program, functions=functions)
+    for plan_of_file in program.plans:
+        # A plan's graph holds what it calls alone, and a `max` that is too small is wrong in any plan.
+        if plan_of_file is not chosen:
+            engine.compile(program, plan_of_file.name, tuple(functions))
     compiled = engine.compile(program, chosen.name, tuple(functions))
     compiled.check_bounds(compiled.bounds_on(engine.machine, engine.sizes), engine.machine, engine.max_context)
     return check(program, functions=functions, start_token=engine.tokenizer.bos_id is not None)
