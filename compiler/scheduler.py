@@ -72,7 +72,7 @@ class Thread:
 
     __slots__ = (
         "carried", "charge", "draw", "feed", "forks", "group", "index", "need", "order", "parent", "path_tokens",
-        "plan", "seat", "state",
+        "plan", "state",
     )  # fmt: skip
 
     def __init__(self, plan: int, parent: Thread | None, group: Fork | None, index: int, child: Child) -> None:
@@ -88,7 +88,6 @@ class Thread:
         self.draw = 0
         self.carried = False
         self.charge = 0
-        self.seat = -1
         self.forks: list[Fork] = []
 
     def __repr__(self) -> str:
@@ -331,7 +330,6 @@ class Scheduler:
 
     def _sit(self, thread: Thread) -> Thread:
         thread.state = "seated"
-        thread.seat = len(self._seated)
         self._seated.append(thread)
         return thread
 
@@ -339,7 +337,6 @@ class Scheduler:
         # Seats keep their order (siblings stay together), so that a batch's rows change little from step to step.
         if thread.state == "seated":
             self._seated.remove(thread)
-            thread.seat = -1
 
     def _plan_pages(self, fork: Fork, base: int) -> None:
         children = fork.children

@@ -27,7 +27,7 @@ from anabranch.dsl.values import EvaluationError
 from anabranch.kernels.sample import draw, logprob
 from anabranch.runtime.attention import Block, StepAttention
 from anabranch.runtime.constrain import Constraints
-from anabranch.runtime.context import Context, Row, Unfed
+from anabranch.runtime.context import Context, Row
 from anabranch.runtime.events import BranchEnded, Event, LogitsRow, RunEnded, Status, TextDelta
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.joins import Ended
@@ -938,4 +938,4 @@ def _result(run: Run) -> RunResult:
     return run.result
 
 
-__all__ = ["BranchRecord", "Engine", "EngineConfig", "Interrupted", "Run", "RunResult", "StreamEvent", "Unfed"]
+__all__ = ["BranchRecord", "Engine", "EngineConfig", "Interrupted", "Run", "RunResult", "StreamEvent"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 from torch import Tensor
 
 from anabranch.compiler import graph
-from anabranch.compiler.bounds import KEPT_LOGITS, Bounds
+from anabranch.compiler.bounds import KEPT_LOGITS
 from anabranch.compiler.scheduler import Fork as ScheduledFork
 from anabranch.compiler.scheduler import Thread
 from anabranch.dsl.ast import Apply, Expr, Float, Int, Option, Str, names_in
@@ -186,7 +186,6 @@ class Task:
         self.fork: ForkState | None = None
         self.joining: ForkState | None = None
         self.base_view = context.view
-        self.base_position = context.position
         self.text: list[str] = []
         self.held_space = False
         self.rounds: tuple[str, ...] = ()
@@ -800,6 +799,3 @@ def _least(a: int | None, b: int | None) -> int | None:
 def child_names(outer: MutableMapping[str, Value], own: Mapping[str, Value]) -> MutableMapping[str, Value]:
     """A branch's names: its own, over those it sees of its parent."""
     return ChainMap(dict(own), outer)
-
-
-__all__ = ["Bounds", "Branch", "Draw", "Feed", "ForkState", "Request", "Rows", "Score", "Spawn", "Task"]
