@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch.compiler import recording
+from anabranch.runtime.recorder import Recorder
+
 
 class PagePool:
     """Pages of token slots, counted by reference.
@@ -36,6 +39,8 @@ class PagePool:
         self.used = 0
         self.idle = 0
         self.peak = 0
+        self.num_segments = 0
+        self.recorder: Recorder | None = None
         self.cache = PrefixCache(self)
 
     def allocate(self, after: int | None = None, expect: int = 1) -> int:
@@ -88,6 +93,8 @@ class PagePool:
         if self.ref_count[page] == 1:
             self.idle += 1 if cached else -1
         self._cached[page] = cached
+        if self.recorder is not None:
+            self.recorder.note(recording.Cache(page) if cached else recording.Uncache(page))
 
     def unhint(self, first: int, last: int) -> None:
         """The pages first..last (exclusive) are no longer kept for a segment that could have grown into them."""
@@ -137,10 +144,12 @@ class PagePool:
 class Segment:
     """Append-only tokens of one thread, from position `start` on; `length` counts those whose K and V are written."""
 
-    __slots__ = ("expect", "ids", "length", "pages", "pool", "reach", "ref_count", "sealed", "start")
+    __slots__ = ("expect", "ids", "length", "number", "pages", "pool", "reach", "ref_count", "sealed", "start")
 
     def __init__(self, pool: PagePool, start: int, *, expect: int = 1, pages: Sequence[int] = ()) -> None:
         self.pool = pool
+        self.number = pool.num_segments
+        pool.num_segments += 1
         self.start = start
         self.pages: list[int] = list(pages)
         self.length = 0
@@ -164,6 +173,7 @@ class Segment:
             else:
                 self.pages.append(self.pool.allocate(None, self.expect))
                 self.reach = self.pages[0] + self.expect
+            self._note(recording.Page(self.number, self.pages[-1]))
         return range(first, self.length)
 
     def trim(self, length: int) -> None:
@@ -175,12 +185,15 @@ class Segment:
         self.length = length
         del self.ids[length:]
         keep = -(-length // self.pool.page_size)
-        self.pool.release(self.pages[keep:])
-        del self.pages[keep:]
+        if len(self.pages) > keep:
+            self._note(recording.Shrink(self.number, len(self.pages) - keep))
+            self.pool.release(self.pages[keep:])
+            del self.pages[keep:]
 
     def seal(self) -> None:
         """No more tokens; pages kept for growth are given up."""
         self.sealed = True
+        self._note(recording.Seal(self.number))
         self._settle()
 
     def drop(self) -> None:
@@ -190,6 +203,7 @@ class Segment:
         self.ref_count -= 1
         if self.ref_count == 0:
             self._settle()
+            self._note(recording.Free(self.number))
             self.pool.release(self.pages)
             self.pages = []
 
@@ -216,6 +230,10 @@ class Segment:
             first, stop = page * size, page * size + count
         if stop >= 0:
             yield first, stop
+
+    def _note(self, step: recording.Step) -> None:
+        if self.pool.recorder is not None:
+            self.pool.recorder.note(step)
 
     def _settle(self) -> None:
         if self.reach:
