@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from anabranch.compiler.recording import Kinds, Read
 from anabranch.compiler.replay_plan import DRAWN, KNOWN, LOST, Thread
 from anabranch.compiler.replay_rules import fault
-from anabranch.compiler.replay_views import Segment, View, check_reads, merged
+from anabranch.compiler.replay_views import Segment, View, check_reads, in_order, merged
 from anabranch.compiler.scheduler import Machine
 
 # A fault names so many runs of slots at most.
@@ -263,9 +263,7 @@ class Memory:
             if count < 0 or not self._hold(first, count):
                 fault("no-read-after-free", f"{row} reads {count} slots from {first} on, which hold no token")
         said = f"{row} reads {_shown(found)}, and must read {_shown(expected)}"
-        if [read[:2] for read in found] == [read[:2] for read in expected]:
-            fault("right-distance", said)
-        plain = [merged((first, count, 0) for first, count, _ in reads) for reads in (found, expected)]
+        plain = [in_order((first, count, 0) for first, count, _ in reads) for reads in (found, expected)]
         fault("right-distance" if plain[0] == plain[1] else "reads-its-view", said)
 
     def _hold(self, first: int, count: int) -> bool:
