@@ -128,11 +128,13 @@ class Memory:
         thread.position -= count
 
     def lose(self, thread: Thread) -> None:
-        """The thread's open segment is emptied, and its tokens are to be fed again."""
+        """The thread's open segment is emptied, its pages go back, and its tokens are to be fed again."""
         segment = thread.segment
-        if segment is None or not segment.length:
-            fault("lost-is-fed-again", f"{thread} loses a segment that it has not, or that is empty")
+        if segment is None or not segment.length or segment.swapped:
+            fault("lost-is-fed-again", f"{thread} loses a segment that it has not, or that is empty or swapped out")
         ids = segment.take_back(segment.length)
+        self._release(segment, segment.pages)
+        segment.set_pages(())
         thread.unfed.push_front(LOST, ids)
         thread.lost += len(ids)
         thread.logits_at = None
