@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from anabranch.compiler.recording import Kinds, Read
 from anabranch.compiler.replay_plan import DRAWN, KNOWN, LOST, Thread
 from anabranch.compiler.replay_rules import fault
-from anabranch.compiler.replay_views import Segment, View, check_reads, merged
+from anabranch.compiler.replay_views import Segment, View, check_reads, in_order, merged
 from anabranch.compiler.scheduler import Machine
 
 # A fault names so many runs of slots at most.
@@ -128,11 +128,13 @@ class Memory:
         thread.position -= count
 
     def lose(self, thread: Thread) -> None:
-        """The thread's open segment is emptied, and its tokens are to be fed again."""
+        """The thread's open segment is emptied, its pages go back, and its tokens are to be fed again."""
         segment = thread.segment
-        if segment is None or not segment.length:
-            fault("lost-is-fed-again", f"{thread} loses a segment that it has not, or that is empty")
+        if segment is None or not segment.length or segment.swapped:
+            fault("lost-is-fed-again", f"{thread} loses a segment that it has not, or that is empty or swapped out")
         ids = segment.take_back(segment.length)
+        self._release(segment, segment.pages)
+        segment.set_pages(())
         thread.unfed.push_front(LOST, ids)
         thread.lost += len(ids)
         thread.logits_at = None
@@ -263,9 +265,7 @@ class Memory:
             if count < 0 or not self._hold(first, count):
                 fault("no-read-after-free", f"{row} reads {count} slots from {first} on, which hold no token")
         said = f"{row} reads {_shown(found)}, and must read {_shown(expected)}"
-        if [read[:2] for read in found] == [read[:2] for read in expected]:
-            fault("right-distance", said)
-        plain = [merged((first, count, 0) for first, count, _ in reads) for reads in (found, expected)]
+        plain = [in_order((first, count, 0) for first, count, _ in reads) for reads in (found, expected)]
         fault("right-distance" if plain[0] == plain[1] else "reads-its-view", said)
 
     def _hold(self, first: int, count: int) -> bool:

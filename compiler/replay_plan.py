@@ -117,10 +117,10 @@ class Thread:
     """
 
     __slots__ = (
-        "attempt", "decoded", "depth", "drawn", "drew", "expects", "fork", "forked", "frames", "fresh", "gained",
-        "index", "live", "logits_at", "lost", "must_seal", "node", "number", "parent", "path", "path_tokens",
-        "pinned", "plan", "position", "reduced", "run", "seat", "segment", "status", "stitching", "unfed", "view",
-        "watchers",
+        "attempt", "decoded", "depth", "drawn", "drew", "ended_at", "expects", "fork", "forked", "frames", "fresh",
+        "gained", "index", "live", "logits_at", "lost", "must_seal", "node", "number", "parent", "path",
+        "path_tokens", "pinned", "plan", "position", "reduced", "run", "seat", "segment", "status", "stitching",
+        "unfed", "view", "watchers",
     )  # fmt: skip
 
     def __init__(self, number: int, run: int, path: tuple[str, ...], plan: PlanGraph, region: Region) -> None:
@@ -150,7 +150,7 @@ class Thread:
         self.forked: Branches | None = None
         self.reduced: frozenset[int] | None = None
         self.stitching: tuple[Thread, ...] = ()
-        self.seat = self.drew = -1
+        self.seat = self.drew = self.ended_at = -1
 
     @property
     def fed(self) -> int:
@@ -528,16 +528,19 @@ def _check_ok(branches: Branches, ok: tuple[int, ...], ordered: bool) -> None:
         fault("winners-of-the-join", f"branches {sorted(read - ended)} of {branches.ref} are read, and did not end ok")
     if read == ended:
         return
-    if not ordered or branches.join.kind not in ("first", "quorum"):
+    if branches.join.kind not in ("first", "quorum"):
         fault("winners-of-the-join", f"branches {sorted(ended - read)} of {branches.ref} ended ok, and are not read")
-    last_read = max((_order(branches, index) for index in read), default=(-1, -1))
-    first_left = min(_order(branches, index) for index in ended - read)
-    if first_left < last_read:
-        fault("deterministic-order", f"branch {first_left[1]} of {branches.ref} comes before {last_read[1]}")
+    last_read = max((_order(branches, index, ordered) for index in read), default=(-1, -1))
+    left = min(ended - read, key=lambda index: _order(branches, index, ordered))
+    if _order(branches, left, ordered) < last_read:
+        fault("order-of-ends", f"branches {ok} of {branches.ref} are read, and branch {left} ended before")
 
 
-def _order(branches: Branches, index: int) -> tuple[int, int]:
-    return branches.spent.get(index, 0), index
+def _order(branches: Branches, index: int, ordered: bool) -> tuple[int, int]:
+    if ordered:
+        return branches.spent.get(index, 0), index
+    # Those that ended after the same call have no order.
+    return branches.last[index].ended_at, 0
 
 
 def _check_closed(branches: Branches, num_ok: int) -> None:

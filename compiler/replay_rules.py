@@ -19,7 +19,7 @@ RULES = {
     "adopt-the-same": "an adopted page is the cache's and holds what its thread would have written there",
     # attention
     "no-read-after-free": "a slot is read only while it holds a token",
-    "reads-its-view": "a row reads each key of its view once, in order, itself last, and no other",
+    "reads-its-view": "a row reads each key of its view once, its own included, and no other",
     "right-distance": "a key is read with the shift that its segment has in the row's view",
     "right-position": "a row stands at the position of its token, and a segment starts where its thread stands",
     # meaning
@@ -46,7 +46,7 @@ RULES = {
     "lanes": "a call seats running threads, each once, and no more than there are lanes; rows are fed by seated ones",
     "chunk": "a call feeds no more rows beside sampled tokens than the chunk",
     "limit-of-the-fork": "no more branches run at once than `limit` says",
-    "deterministic-order": "under `deterministic` a join reads branches in order of (tokens decoded, index)",
+    "order-of-ends": "a join reads branches as they end, and under `deterministic` by (tokens decoded, index)",
     "within-bounds": "tokens, the critical path, pages and calls stay within what was computed before the run",
     # the end
     "all-over": "at the end every run has begun, and every thread has ended",

@@ -260,7 +260,7 @@ class _Replay:
             if not at_end(thread):
                 fault("ends-at-its-end", f"{thread} ends ok, and its plan goes on")
         branches = thread.fork
-        thread.status = status
+        thread.status, thread.ended_at = status, self.calls
         thread.stitching = ()
         self.running -= 1
         if thread.forked is not None and not thread.forked.closed:
