@@ -96,6 +96,11 @@ def test_misuse_is_refused() -> None:
     scheduler.submit(root, draw=1)
     with pytest.raises(ValueError, match="cannot be given"):
         scheduler.submit(root, draw=1)
+    step = scheduler.next()
+    assert step is not None
+    for times in (0, 2):
+        with pytest.raises(ValueError, match="cannot run"):
+            scheduler.advance(step, times)
     scheduler.end(root)
     with pytest.raises(ValueError, match="ended twice"):
         scheduler.end(root)

@@ -51,7 +51,12 @@ class Tally:
 def judge_steps(outcomes: Sequence[Outcome], mutants: Sequence[StepMutant]) -> list[Verdict]:
     """Each mutant of a recording against the schema, the verifier, the run's events and the reference's layout."""
     reports = [
-        [battery.hold_against_reference(*run) for run in zip(found.jobs, found.results, found.compiled, strict=True)]
+        [
+            battery.hold_against_reference(found.setting, *run)
+            for run in zip(found.jobs, found.results, found.compiled, strict=True)
+        ]
+        if found.setting.reference
+        else []
         for found in outcomes
     ]
     verdicts = []

@@ -706,7 +706,7 @@ def _of_recordings() -> Iterator[Fault]:
         _text(' then", max=4);', ' then", max=4); text("more");'),
     )
     yield fault("draw beyond `max`", "max=", "draws-of-the-gen", "nested max", _text("gen(max=4)", "gen(max=3)"))
-    yield fault("spend beyond a budget", "budget=", "budget-kept", "budget", _text("budget=16", "budget=6"))
+    yield fault("spend beyond a budget", "budget=", "budget-kept", "budget", _text("budget=30", "budget=6"))
     yield fault("idle calls", "the bound on calls", "within-bounds", "nested max", _many_calls)
 
 

@@ -46,6 +46,7 @@ UNIT_CHECKS: tuple[Callable[[], None], ...] = (
     test_pages.test_sealed_segments_refuse_writes,
     test_pages.test_freeing_twice_is_seen,
     test_pages.test_a_view_holds_its_parents,
+    test_pages.test_a_chain_begins_at_the_root,
     test_pages.test_gained_entries_stop_at_the_base,
     test_pages.test_cache_gives_whole_pages_and_lets_go_when_room_is_short,
     test_preemption.test_an_earlier_plan_is_not_overtaken_for_ever,
