@@ -556,17 +556,18 @@ class Task:
     def _settle(self, generation: Generation) -> None:
         """Make the context hold what the gen keeps.
 
-        Before: every drawn token but the last is fed, the last is unfed, and the logits are those it was drawn from.
+        Before: every drawn token but the last is fed. The last is unfed, and the logits are those it was drawn from;
+        or, where no token was allowed after it, it is fed too.
         """
         context = self.context
         drawn, kept = generation.drawn, generation.kept
         if kept < drawn:
-            logits = context.logits
-            context.discard(1)
-            self.run.counts["tokens_unfed"] += 1
+            logits, unfed = context.logits, len(context.unfed)
+            context.discard(unfed)
+            self.run.counts["tokens_unfed"] += unfed
             self.run.counts["tokens_trimmed"] += drawn - kept - (generation.done == "end_of_turn")
-            if kept < drawn - 1:
-                context.trim(drawn - 1 - kept)
+            if kept < drawn - unfed:
+                context.trim(drawn - unfed - kept)
                 logits = None
             context.logits = logits
         if generation.replacement:
