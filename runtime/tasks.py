@@ -4,6 +4,7 @@ request = Feed()                 the unfed tokens of the thread's context
         | Rows(contexts)         the unfed tokens of other contexts: the winners of a stitch
         | Score(token ids)       forced continuations, each taken back again
         | Draw(generation, ...)  tokens, until the gen is done
+        | Reserve()              that its worst case is reserved, before it forks
         | Spawn(fork)            branches, until the join closes
 """
 
@@ -94,6 +95,11 @@ class Draw:
     wants_logprobs: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Go on only once the thread's worst case is reserved."""
+
+
 @dataclass(slots=True)
 class Spawn:
     """Run the branches of `fork` and answer with its `JoinResult`."""
@@ -101,7 +107,7 @@ class Spawn:
     fork: ForkState
 
 
-Request: TypeAlias = Feed | Rows | Score | Draw | Spawn
+Request: TypeAlias = Feed | Rows | Score | Draw | Reserve | Spawn
 Steps: TypeAlias = Generator[Request, Any, Any]
 
 
@@ -724,6 +730,8 @@ class Task:
         callee: str | None = None,
     ) -> Generator[Request, Any, Value]:
         context = self.context
+        if self.thread is not None and self.thread.guest:
+            yield Reserve()
         self._open_assistant()
         if not fresh:
             if self.held_space:
