@@ -4,8 +4,7 @@
     def test_my_policy(data):
         plan = data.draw(plans())
         machine = data.draw(machines(plan))
-        simulation = simulate(plan, machine, data.draw(traces()))
-        verify_recording(simulation.recording)
+        simulate(plan, machine, data.draw(traces()), policy=MyPolicy()).verify()
 
 `docs/testing.md` is the guide. Everything public is named here and imported on first use, so that the strategies, which
 Hypothesis registers by itself, do not import torch. Needs the `testing` extra.
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from anabranch.compiler.recording import Recording
-    from anabranch.compiler.scheduler import Machine
+    from anabranch.compiler.scheduler import Machine, Policy
+    from anabranch.compiler.verify_recording import Report, ScheduleFault, verify_recording
     from anabranch.testing._adversarial import adversarial_plans
     from anabranch.testing._machines import machines
     from anabranch.testing._plan import Plan
@@ -36,7 +36,10 @@ __all__ = [
     "Machine",
     "Outcome",
     "Plan",
+    "Policy",
     "Recording",
+    "Report",
+    "ScheduleFault",
     "Simulation",
     "Trace",
     "adversarial_plans",
@@ -45,11 +48,13 @@ __all__ = [
     "schedules",
     "simulate",
     "traces",
+    "verify_recording",
 ]
 
 _HOMES: Final = {
     "anabranch.compiler.recording": ("Recording",),
-    "anabranch.compiler.scheduler": ("Machine",),
+    "anabranch.compiler.scheduler": ("Machine", "Policy"),
+    "anabranch.compiler.verify_recording": ("Report", "ScheduleFault", "verify_recording"),
     "anabranch.testing._adversarial": ("adversarial_plans",),
     "anabranch.testing._machines": ("machines",),
     "anabranch.testing._plan": ("Plan",),

@@ -10,15 +10,16 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anabranch.compiler.recording import Recording
-from anabranch.compiler.scheduler import Machine
+from anabranch.compiler.scheduler import Machine, Policy
 from anabranch.compiler.sizes import ModelSizes
+from anabranch.compiler.verify_recording import Report, verify_recording
 from anabranch.runtime.attention import Block, StepAttention
 from anabranch.runtime.chat import read_chat
 from anabranch.runtime.config import ModelConfig, RopeConfig
@@ -34,6 +35,8 @@ from anabranch.runtime.tokenizer import Tokenizer, byte_tokenizer
 from anabranch.testing._plan import Plan
 from anabranch.testing._trace import Outcome, Trace
 
+Preempt: TypeAlias = Literal["swap", "recompute", "never"]
+
 MAX_CONTEXT = 1 << 16
 
 
@@ -41,14 +44,21 @@ MAX_CONTEXT = 1 << 16
 class Simulation:
     """What a simulation came to.
 
-    recording: what the engine did, for `verify_recording`
-    results: of each plan, in order
-    num_steps: calls of the model
+    plans, results: in order
+    recording: what the engine did
+    num_steps: steps of the engine; num_preempted: how often a thread had to give its pages up
     """
 
-    recording: Recording
+    plans: tuple[Plan, ...]
     results: tuple[RunResult, ...]
+    recording: Recording
     num_steps: int
+    num_preempted: int
+
+    def verify(self) -> Report:
+        """Hold the recording against every rule of the verifier. Raises ScheduleFault."""
+        compiled = [plan.compiled for plan in self.plans]
+        return verify_recording(self.recording, sizes=model_sizes(), compiled=compiled)
 
 
 def simulate(
@@ -56,15 +66,18 @@ def simulate(
     machine: Machine,
     traces: Trace | Sequence[Trace] | None = None,
     *,
+    policy: Policy | None = None,
     deterministic: bool = False,
+    preempt: Preempt = "swap",
     prefix_cache: bool = True,
     seed: int = 0,
 ) -> Simulation:
     """Run plans together in one batch on a machine, the model's part played by traces, until all have ended.
 
     traces: one for all plans, or one for each
+    policy: who gets a lane, and who is preempted; the engine's own when None
     deterministic: joins close by tokens decoded and not by time; a plan with a deadline is refused
-    prefix_cache: keep the pages of finished prompts for later runs
+    preempt, prefix_cache: as in `EngineConfig`
     seed: takes part in which outcome of its trace a gen takes
     Raises PlanError if a plan or its inputs are wrong or can never fit the machine, and RuntimeError if nothing can run
     while plans are left.
@@ -81,9 +94,11 @@ def simulate(
         page_size=machine.page_size,
         chunk=machine.chunk,
         deterministic=deterministic,
+        preempt=preempt,
         prefix_cache=prefix_cache,
     )
-    engine = _Simulator(config, recorder, max((script.step_s for script in scripts), default=0.0))
+    step_s = max((script.step_s for script in scripts), default=0.0)
+    engine = _Simulator(config, policy, recorder, step_s)
     runs: list[Run] = []
     for plan, script in zip(batch, scripts, strict=True):
         # A deterministic engine has more to refuse than what was looked at when the plan was compiled.
@@ -97,14 +112,14 @@ def simulate(
                 engine.cancel(run)
         engine.step()
     results = tuple(run.result for run in runs if run.result is not None)
-    return Simulation(recorder.recording(), results, engine.num_steps)
+    return Simulation(tuple(batch), results, recorder.recording(), engine.num_steps, engine.num_preempted)
 
 
 class _Simulator(Engine):
     """step_s: how long a step takes."""
 
-    def __init__(self, config: EngineConfig, recorder: Recorder, step_s: float) -> None:
-        super().__init__(simulated_model(), config, recorder=recorder)
+    def __init__(self, config: EngineConfig, policy: Policy | None, recorder: Recorder, step_s: float) -> None:
+        super().__init__(simulated_model(), config, policy=policy, recorder=recorder)
         self.constraints = _constraints()
         self.sizes = model_sizes()
         self.scripts: dict[Run, Trace] = {}
