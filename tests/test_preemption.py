@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Case
-from test_laws import COMMON, drawn, hold_against_reference, model
+from law_runs import COMMON, hold_against_reference, model
+from test_laws import drawn
 
 from anabranch.compiler.recording import Lose, SwapIn, SwapOut
 from anabranch.compiler.scheduler import Child, Machine, Need, Policy, Scheduler
@@ -19,6 +19,7 @@ from anabranch.dsl.parse import parse_text
 from anabranch.runtime.engine import Engine, EngineConfig, RunResult
 from anabranch.runtime.pages import Segment
 from anabranch.runtime.recorder import Recorder
+from anabranch.testing import Plan
 
 PLAN = """
 main = plan(n: int) {
@@ -44,7 +45,7 @@ class Bold(Policy):
         return 1
 
 
-def run(config: EngineConfig, plans: Sequence[Case], more: int, seed: int) -> tuple[Engine, list[RunResult], Recorder]:
+def run(config: EngineConfig, plans: Sequence[Plan], more: int, seed: int) -> tuple[Engine, list[RunResult], Recorder]:
     """Run the plans in one batch, in a pool of what the largest needs depth first and `more` pages."""
     roomy = Engine(model(), replace(config, pages=4096))
     least = max(roomy.compile(case.program).bounds(roomy, case.inputs).pages_depth_first for case in plans)
@@ -66,8 +67,8 @@ def pressed(draw: st.DrawFn) -> tuple[EngineConfig, list[Case], int, int]:
     contexts = st.sampled_from(["drop", "text", "stitch"])
     text = PLAN.replace("LONG", str(draw(st.sampled_from([14, 8])))).replace("CONTEXT", draw(contexts))
     text = text.replace("INNER", draw(st.sampled_from([INNER, ""]))).replace("JOIN", draw(contexts))
-    plans = [Case(parse_text(text), {"n": draw(st.integers(2, 5))})]
-    plans += [Case(parse_text(LEFT), {})] * draw(st.integers(0, 1))
+    plans = [Plan(parse_text(text), {"n": draw(st.integers(2, 5))})]
+    plans += [Plan(parse_text(LEFT), {})] * draw(st.integers(0, 1))
     config = EngineConfig(
         lanes=draw(st.sampled_from([8, 5, 3])),
         page_size=draw(st.sampled_from([1, 3])),
@@ -133,7 +134,7 @@ def test_a_swap_brings_the_same_bits_back() -> None:
 
 def test_guests_fill_lanes_that_reservations_leave_empty() -> None:
     """In a pool of the least size, a fork takes far fewer calls than where everything is reserved."""
-    case = Case(parse_text(PLAN.replace("LONG", "24").replace("INNER", "").replace("CONTEXT", "drop")), {"n": 7})
+    case = Plan(parse_text(PLAN.replace("LONG", "24").replace("INNER", "").replace("CONTEXT", "drop")), {"n": 7})
     config = EngineConfig(lanes=8, page_size=4)
     calm, bold = (run(replace(config, preempt=mode), [case], 20, 1)[1][0] for mode in ("never", "swap"))
     assert bold.counts["steps"] < 0.8 * calm.counts["steps"]
