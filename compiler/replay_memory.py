@@ -127,8 +127,8 @@ class Memory:
         thread.unfed.drop(unfed)
         thread.lost = min(thread.lost, thread.unfed.size)
         if fed and segment is not None:
-            first = segment.length - fed
-            for index, token in enumerate(segment.take_back(fed), first):
+            taken = segment.take_back(fed)
+            for index, token in enumerate(taken, segment.length):
                 segment.seen.setdefault(index, set()).add(token)
         thread.position -= count
 

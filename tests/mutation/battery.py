@@ -13,9 +13,9 @@ from typing import Any
 
 import hypothesis
 import torch
-from strategies import Case, cases
+from law_runs import COMMON, model, weights
 from test_attention import windowed
-from test_laws import COMMON, drawn, model, told, weights
+from test_laws import drawn, told
 from torch import Tensor
 
 from anabranch.compiler import recording as rec
@@ -31,6 +31,7 @@ from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.recorder import Recorder
 from anabranch.runtime.reference import ReferenceMismatch, Report, check_run
 from anabranch.runtime.tasks import Draw, Task
+from anabranch.testing import Plan, plans
 
 TOLERANCE = 1e-9
 # No run of the battery takes a fifth of this many steps.
@@ -540,8 +541,12 @@ main = plan() {
 BUDGET = """
 main = plan(budget=40) {
   text("x");
-  a = fork(3, budget=30) { g = gen(max=5); h = gen(type=choice("a", "b"), max=3); b = fork(2, fallback=["cut"]) { c = gen("k", max=2); };
-    return(h); } join(all(min=1), stitch);
+  a = fork(3, budget=30) {
+    g = gen(max=5);
+    h = gen(type=choice("a", "b"), max=3);
+    b = fork(2, fallback=["cut"]) { c = gen("k", max=2); };
+    return(h);
+  } join(all(min=1), stitch);
   z = gen("k", max=2);
   return(a);
 }
@@ -741,8 +746,8 @@ def redraw(count: int) -> None:
     found: dict[str, Any] = {}
 
     @hypothesis.settings(COMMON, max_examples=6 * count)
-    @hypothesis.given(cases(fuel=60))
-    def collect(case: Case) -> None:
+    @hypothesis.given(plans(fuel=60))
+    def collect(case: Plan) -> None:
         text = print_plan(case.program)
         if text.count("fork") + text.count("map") + text.count("reduce") >= 2:
             found.setdefault(text, case.inputs)
