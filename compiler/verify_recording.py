@@ -237,7 +237,7 @@ class _Replay:
     def _root(self, step: rec.Begin) -> Thread:
         if not 0 <= step.run < len(self.compiled) or step.run in self.roots:
             fault("known-names", f"thread {step.thread} begins run {step.run}, which is not there or has begun")
-        if step.parent is not None or step.fork is not None or not step.fresh:
+        if step.parent is not None or step.fork is not None or step.index or not step.fresh:
             fault("known-names", f"thread {step.thread} begins run {step.run} and is a branch, or sees something")
         if step.path:
             fault("path-of-the-branch", f"thread {step.thread} begins run {step.run} at {step.path}, not at its root")

@@ -1,10 +1,12 @@
 """The scheduler alone: lanes, limits, pages, priorities, and that it always gets to the end."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.compiler.scheduler import Child, Machine, Need, Scheduler, Thread
+from anabranch.compiler.scheduler import Child, Machine, Need, Policy, Scheduler, Thread, Waiting
 
 
 def _drain(scheduler: Scheduler, work: dict[int, int], machine: Machine) -> list[list[int]]:
@@ -84,6 +86,45 @@ def test_prefill_is_cut_to_the_chunk_and_runs_beside_decode() -> None:
         for thread in scheduler.advance(step):
             scheduler.end(thread)
     assert seen == [([4], 1), ([4], 1), ([2], 1)]
+
+
+def test_what_has_run_goes_first_and_then_the_longest_path() -> None:
+    """The default policy ranks by: has run before, arrival of the plan, longest path, order, index."""
+    least = Waiting(plan=0, path_tokens=9, order=0, index=0, siblings=1, resumed=True)
+    rank = Policy().rank
+    ranks = [
+        rank(least),
+        rank(replace(least, index=1)),
+        rank(replace(least, order=1)),
+        rank(replace(least, path_tokens=8)),
+        rank(replace(least, plan=1, path_tokens=99)),
+        rank(replace(least, resumed=False)),
+    ]
+    assert ranks == sorted(set(ranks))
+
+
+def test_a_policy_sees_what_waits() -> None:
+    """It is told of each branch in turn with those that wait beside it, and of a parent that goes on, alone."""
+    seen: list[Waiting] = []
+
+    class Watching(Policy):
+        def rank(self, waiting: Waiting) -> tuple[int, ...]:
+            seen.append(waiting)
+            return super().rank(waiting)
+
+    scheduler = Scheduler(Machine(lanes=4, pages=20), Watching())
+    root = scheduler.open(Child(Need(9), 7))
+    scheduler.start()
+    fork = scheduler.fork(root, [Child(Need(1), 5)] * 2, base=1)
+    for thread in scheduler.start():
+        scheduler.end(thread)
+    scheduler.close(fork)
+    scheduler.resume(root)
+    assert seen == [
+        Waiting(plan=0, path_tokens=5, order=0, index=0, siblings=2, resumed=False),
+        Waiting(plan=0, path_tokens=5, order=0, index=1, siblings=1, resumed=False),
+        Waiting(plan=0, path_tokens=7, order=1, index=0, siblings=1, resumed=True),
+    ]
 
 
 def test_misuse_is_refused() -> None:

@@ -208,6 +208,8 @@ def read_back(recording: Recording) -> Recording:
         return rec.from_json(rec.to_json(recording))
     except PlanError as error:
         raise Caught("schema", error.diagnostics[0].message) from None
+    except ValueError as error:
+        raise Caught("schema", str(error)) from None
 
 
 def check_recording(recording: Recording, outcome: Outcome) -> None:
@@ -239,7 +241,7 @@ def check_events(recording: Recording, outcome: Outcome) -> None:
     """Threads, tokens, joins, ends, rows and steps are those of the runs' own events, traces and counts."""
     said = [_Said() for _ in outcome.results]
     threads: dict[int, tuple[int, tuple[str, ...]]] = {}
-    calls = 0
+    calls = preempted = 0
     cached: set[int] = set()
     for step in recording.steps:
         match step:
@@ -265,7 +267,13 @@ def check_events(recording: Recording, outcome: Outcome) -> None:
                 cached.add(page)
             case rec.Uncache(page):
                 cached.discard(page)
+            case rec.SwapOut() | rec.Lose():
+                preempted += 1
+            case _:
+                pass
     _same("calls", calls, outcome.engine.num_steps)
+    if preempted > outcome.engine.num_preempted:
+        raise Caught("events", f"{preempted} times pages were given up, and the engine counts fewer")
     _same("cached pages", cached, {page for page, held in enumerate(outcome.engine.pool._cached) if held})
     for found, result in zip(said, outcome.results, strict=True):
         events = result.events
@@ -519,6 +527,17 @@ main = plan(q: text(900)) {
   z = gen("k", max=2);
 }
 """
+AT_ONCE = """
+main = plan(n: int) {
+  text("x");
+  a = fork() {
+    short = branch() { v = 1; return(v); };
+    long = branch() { if (n > 5) { g = gen("k", max=9); }; return(2); };
+  } join(first(1), drop);
+  z = gen(max=2);
+  return(a);
+}
+"""
 ODD = """
 main = plan() {
   text("x");
@@ -687,6 +706,8 @@ def _crafted() -> Iterator[Setting]:
     )
     yield Setting("budget", _one(BUDGET), _config(lanes=2))
     yield Setting("empty", _one(EMPTY, {"n": 0}), _config(lanes=9))
+    yield Setting("at once", _one(AT_ONCE, {"n": 1}), _config(deterministic=True))
+    yield Setting("windowed long", _one(LONG, LONG_Q), _config(page_size=16, chunk=256), window=5)
     yield Setting("odd", _one(ODD), _config(lanes=3), functions=_odd, told=False)
     yield Setting("fails", _one(FAILS), _config(lanes=3))
     yield Setting("deep enough", _one(DEEP, {"n": 3}), _config(page_size=2, lanes=2))

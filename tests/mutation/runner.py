@@ -39,6 +39,8 @@ UNIT_CHECKS: tuple[Callable[[], None], ...] = (
     test_scheduler.test_the_tight_order_is_descending_peak_less_kept,
     test_scheduler.test_the_longest_path_starts_first,
     test_scheduler.test_prefill_is_cut_to_the_chunk_and_runs_beside_decode,
+    test_scheduler.test_what_has_run_goes_first_and_then_the_longest_path,
+    test_scheduler.test_a_policy_sees_what_waits,
     test_scheduler.test_misuse_is_refused,
     test_pages.test_a_segment_grows_in_one_run_beside_a_sibling,
     test_pages.test_pages_kept_for_growth_are_given_up_when_nothing_else_is_left,
