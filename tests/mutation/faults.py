@@ -24,7 +24,7 @@ from anabranch.runtime.tasks import Task
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. setting: the run of the battery that it is put into, "" for any; caught: by which checks it may be.
+    """One fault. setting: the run of the battery that it is put into; caught: by which checks it may be.
 
     edit: changes a recording; patch: changes the code of this process
     """
@@ -32,7 +32,7 @@ class Fault:
     name: str
     breaks: str
     caught: tuple[str, ...]
-    setting: str = ""
+    setting: str
     edit: Callable[[Recording], Recording] | None = None
     patch: Callable[[], None] | None = None
 
@@ -1027,19 +1027,77 @@ def _as_prefill(real: Any) -> Any:
     return lambda self, token_ids, row: real(self, token_ids, Row.PREFILL if row is Row.REPREFILL else row)
 
 
+_SHOWN_BY = {
+    "late": (
+        "max and sum confused",
+        "one position too far after a stitch (code)",
+        "a stitch misses a segment",
+        "a stitch flushes nothing",
+        "logits of another row",
+        "written one slot off",
+    ),
+    "empty": (
+        "stitch another branch",
+        "a vote for another",
+    ),
+    "nested text": (
+        "shifts dropped",
+        "a shift is lost in the attention plan",
+    ),
+    "race pressed": (
+        "a guest forks unpromoted",
+        "a counter that starts anew",
+        "losers go on",
+    ),
+    "pressed pages": (
+        "every branch is carried",
+        "swap in beside",
+        "save nothing",
+    ),
+    "retry": (
+        "`limit` ignored",
+        "a seed without its attempt",
+    ),
+    "budget": ("a lane too many (code)",),
+    "generated 7": ("budgets not shared out",),
+    "generated 14": (
+        "a view holds no segment",
+        "a segment goes with its last reader but one",
+        "a page given twice",
+    ),
+    "pressed cache": (
+        "pages that are not there",
+        "a lost token is not fed again",
+        "the cache gives up pages in use",
+    ),
+    "cached tokens": ("cache keys without their parent",),
+    "quorum": (
+        "a branch does not see its parent's last segment",
+        "text joined in reverse",
+    ),
+    "control": (
+        "a seed without its round",
+        "generated text counted as known",
+    ),
+    "generated 1": ("a race by time",),
+}
+"""Which run of the battery shows a fault in the code; any other is shown by `nested max`."""
+
+
 def _of_code() -> Iterator[Fault]:
-    def fault(name: str, breaks: str, caught: str, patch: Callable[[], None], setting: str = "") -> Fault:
+    shown_by = {name: setting for setting, names in _SHOWN_BY.items() for name in names}
+
+    def fault(name: str, breaks: str, caught: str, patch: Callable[[], None]) -> Fault:
         names = {"reference", "noise", "law 2", "events", "ends", "crash", "limits", "all back"}
         checks = tuple(c.strip() if c.strip() in names else f"verifier: {c.strip()}" for c in caught.split(","))
-        return Fault(name, breaks, checks, setting, patch=patch)
+        return Fault(name, breaks, checks, shown_by.get(name, "nested max"), patch=patch)
 
-    yield fault("a view holds no segment", "the pin of every view", "free-when-unseen", _no_pin, "nested max")
+    yield fault("a view holds no segment", "the pin of every view", "free-when-unseen", _no_pin)
     yield fault(
         "a segment goes with its last reader but one",
         "the pin of a view",
         "free-when-unseen",
         _wrap(Segment, "drop", _dropped_early),
-        "nested max",
     )
     yield fault(
         "stitch another branch", "the winner's segments", "stitch-the-winners", _wrap(Task, "_stitch", _other_winners)
@@ -1177,14 +1235,12 @@ def _of_code() -> Iterator[Fault]:
         "the noise of a draw is its path's",
         "noise, law 2",
         _wrap(tasks, "draw_key", _no_round),
-        "control",
     )
     yield fault(
         "a seed without its attempt",
         "the noise of a draw is its path's",
         "noise",
         _wrap(tasks, "draw_key", _same_attempt),
-        "retry",
     )
     yield fault(
         "a counter that starts anew", "the noise of a draw", "noise, reference", _wrap(Task, "_draw", _drawn_index)

@@ -124,7 +124,7 @@ class Plant:
         return self.judge_running({(mutant.module, mutant.function)})
 
     def judge_fault(self, fault: Fault) -> Verdict:
-        """In a child: the same for a fault made by hand, which any setting may show."""
+        """In a child: the same for a fault made by hand, in the run that shows it."""
         assert fault.patch is not None
         fault.patch()
         return self.judge_running(None, only=fault.setting)

@@ -87,17 +87,28 @@ EQUIVALENT = {
     "order has the same rows, and the same owner of every page in every call",
     "beside its node": "known tokens are written or taken back just before their thread comes to a node instead of "
     "just after: the same tokens in the same order; which statement they are of takes the plan's text to tell",
+    "a call later": "a segment is freed, known tokens are written, a thread comes to a node, or it draws from logits "
+    "that were at hand, one call later or earlier: the same rows are fed in the same calls, no page is wanted "
+    "meanwhile, and each draw is at its node",
+    "freed open": "a segment that nobody will see is freed as it is, without being sealed first",
 }
 """Why a mutant that lives is no fault, by its class. Each class is decided by `equivalent`, from the steps alone."""
 
 
 def equivalent(mutant: StepMutant, recording: Recording) -> str:
     """The class of `EQUIVALENT` that a mutant falls in, or "" for none."""
+    if mutant.operator == "drop" and mutant.index + 1 < len(recording.steps):
+        dropped, after = recording.steps[mutant.index], recording.steps[mutant.index + 1]
+        if isinstance(dropped, rec.Seal) and isinstance(after, rec.Free) and after.segment == dropped.segment:
+            return "freed open"
     if mutant.operator != "swap":
         return ""
     one, two = recording.steps[mutant.index], recording.steps[mutant.index + 1]
     if isinstance(one, rec.Call) or isinstance(two, rec.Call):
-        return ""
+        call, other = (one, two) if isinstance(one, rec.Call) else (two, one)
+        if isinstance(other, rec.Token) and isinstance(call, rec.Call):
+            return "" if any(block.thread == other.thread for block in call.blocks) else "a call later"
+        return "a call later" if isinstance(other, rec.Free | rec.Enter | rec.Round | rec.Arm | rec.Write) else ""
     if isinstance(one, _CONTROL) != isinstance(two, _CONTROL):
         return "walk and memory"
     if not _subjects(one) & _subjects(two):
