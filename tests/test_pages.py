@@ -119,6 +119,20 @@ def test_cache_gives_whole_pages_and_lets_go_when_room_is_short() -> None:
     assert pool.cache.match(range(8)) == []
 
 
+def test_what_was_used_last_is_kept_longest() -> None:
+    """A match makes a prefix young again, so that another goes first when room is short."""
+    pool = PagePool(3, 1)
+    for token in (1, 2):
+        segment = Segment(pool, 0)
+        segment.append([token])
+        pool.cache.insert(segment.ids, segment.pages)
+        segment.drop()
+    pool.release(pool.cache.match([1]))
+    Segment(pool, 0).append([7, 8])
+    assert pool.cache.match([2]) == []
+    assert len(pool.cache.match([1])) == 1
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=60))
 def test_no_page_has_two_owners(steps: list[tuple[int, int]]) -> None:

@@ -88,6 +88,19 @@ def test_prefill_is_cut_to_the_chunk_and_runs_beside_decode() -> None:
     assert seen == [([4], 1), ([4], 1), ([2], 1)]
 
 
+def test_a_branch_gives_back_what_was_reserved_for_it() -> None:
+    """Where all that the branches keep fits, each that is not carried takes and gives back the rest of its peak."""
+    scheduler, _ = _forked(Machine(lanes=8, pages=20), [Need(3, 1)] * 3, 5)
+    threads = scheduler.start()
+    taken = scheduler.reserved
+    assert [thread.carried for thread in threads] == [True, False, False]
+    for thread in threads[1:]:
+        before = scheduler.reserved
+        scheduler.end(thread, kept=1)
+        assert before - scheduler.reserved == 2
+    assert taken - scheduler.reserved == 4
+
+
 def test_what_has_run_goes_first_and_then_the_longest_path() -> None:
     """The default policy ranks by: has run before, arrival of the plan, longest path, order, index."""
     least = Waiting(plan=0, path_tokens=9, order=0, index=0, siblings=1, resumed=True)

@@ -548,6 +548,28 @@ main = plan(n: int) {
   return(a);
 }
 """
+BELOW = """
+main = plan() {
+  text("x");
+  a = fork() {
+    many = branch() { b = fork(3) { g = gen("k", type=regex("[ab]{4}"), max=4); }; return(1); };
+    few = branch() { g = gen("k", type=regex("[ab]{6}"), max=6); return(2); };
+  } join(first(1), drop);
+  z = gen(max=2);
+  return(a);
+}
+"""
+ADOPTED = """
+main = plan(q: text(60)) {
+  text("A prompt of some length that goes on for a while: #{q}");
+  a = fork() {
+    one = branch("k") { x = fork(1) { g = gen(type=regex("[ab]{24}"), max=24); } join(all, drop); return(1); };
+    two = branch("k") { g = gen(type=regex("[ab]{24}"), max=24); return(2); };
+  } join(all, stitch);
+  z = gen("k", max=2);
+}
+"""
+BESIDE = 'main = plan() { text("k"); g = gen(type=regex("[ab]{20}"), max=20); }'
 ODD = """
 main = plan() {
   text("x");
@@ -700,6 +722,12 @@ def _crafted() -> Iterator[Setting]:
         "cached", ((Job(PROMPT, Q),), (Job(PROMPT, Q), Job(PROMPT, {"q": "why not?"})), (Job(PROMPT, Q),)), _config()
     )
     yield Setting("cached tokens", ((Job(PROMPT, {"q": "abc"}),), (Job(PROMPT, {"q": "cab"}),)), _config(page_size=1))
+    yield Setting(
+        "adopted in a tight pool",
+        ((Job(ADOPTED, Q),), (Job(ADOPTED, Q), Job(BESIDE))),
+        _config(page_size=1, lanes=8, preempt="never"),
+        8,
+    )
     yield Setting("retry", _one(RETRY), _config(), functions=_flaky)
     yield Setting("race first", _one(_race("first(2)", "stitch"), {"n": 4}), _config(), told=False)
     yield Setting("race in order", _one(_race("first(1)", "stitch"), {"n": 5}), _config(deterministic=True, lanes=2))
@@ -718,6 +746,8 @@ def _crafted() -> Iterator[Setting]:
     yield Setting("empty", _one(EMPTY, {"n": 0}), _config(lanes=9))
     yield Setting("at once", _one(AT_ONCE, {"n": 1}), _config(deterministic=True))
     yield Setting("windowed long", _one(LONG, LONG_Q), _config(page_size=16, chunk=256), window=5)
+    yield Setting("below", _one(BELOW), _config(deterministic=True))
+    yield Setting("race of one", _one(_race("first(2)", "drop"), {"n": 1}), _config(deterministic=True))
     yield Setting("odd", _one(ODD), _config(lanes=3), functions=_odd, told=False)
     yield Setting("fails", _one(FAILS), _config(lanes=3))
     yield Setting("deep enough", _one(DEEP, {"n": 3}), _config(page_size=2, lanes=2))

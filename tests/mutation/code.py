@@ -212,7 +212,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"{func.id}/{_PAIRS[func.id]}", _attribute(func, "id", _PAIRS[func.id])
             if isinstance(func, ast.Attribute) and func.attr in _PAIRS:
                 yield f"{func.attr}/{_PAIRS[func.attr]}", _attribute(func, "attr", _PAIRS[func.attr])
-            if len(args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in args):
+            symmetric = isinstance(func, ast.Name) and func.id in ("min", "max")
+            if len(args) >= 2 and not symmetric and not any(isinstance(arg, ast.Starred) for arg in args):
                 yield "arguments swapped", _setter(args, slice(0, 2), [args[1], args[0]])
         case _:
             pass
