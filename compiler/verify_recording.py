@@ -258,6 +258,8 @@ class _Replay:
             fault("over-is-over", f"{thread} ended {thread.status}, and ends {status}")
         if status == "ok":
             self._acting(thread.number)
+            if thread.must_seal:
+                fault("flush-then-seal", f"{thread} ends after a flushed token, which nothing sealed")
             if not at_end(thread):
                 fault("ends-at-its-end", f"{thread} ends ok, and its plan goes on")
         branches = thread.fork
@@ -310,6 +312,8 @@ class _Replay:
         if thread.seat != self.calls or thread.drew == self.calls:
             why = "draws twice" if thread.drew == self.calls else "has no seat"
             fault("draw-has-a-seat", f"{thread} {why} in the last call")
+        if thread.must_seal:
+            fault("flush-then-seal", f"{thread} draws on after a flushed token")
         if thread.unfed.size or thread.logits_at != thread.position:
             fault("logits-at-hand", f"{thread} draws, and the logits of its last token are not at hand")
         thread.drew = self.calls
