@@ -27,15 +27,21 @@ from anabranch.compiler.graph import (
     Reduce,
     Region,
     Return,
+    Write,
 )
 from anabranch.compiler.replay_rules import fault
 from anabranch.compiler.replay_views import Segment, View
 from anabranch.compiler.schedule import Ref
+from anabranch.dsl.ast import Expr, Str
 from anabranch.dsl.spec import ChoiceType, JoinSpec, Limits
 
-KNOWN: Final = 0
-DRAWN: Final = 1
-LOST: Final = 2
+# What is known of an unfed token: it stands in the plan's text, it may be or is text that the run generated, it was
+# drawn, or it was fed and lost.
+LITERAL: Final = 0
+KNOWN: Final = 1
+GENERATED: Final = 2
+DRAWN: Final = 3
+LOST: Final = 4
 
 Split: TypeAlias = Fork | Map | Reduce | Call
 
@@ -87,7 +93,7 @@ class Unfed:
             if at == len(ids):
                 break
             part = ids[at : at + len(run)]
-            if kind != KNOWN or tuple(run[: len(part)]) != tuple(part):
+            if kind in (DRAWN, LOST) or tuple(run[: len(part)]) != tuple(part):
                 return False
             at += len(part)
         return at == len(ids)
@@ -112,13 +118,14 @@ class Thread:
     gained: segments that entered its view since it began, with their shifts
     logits_at: the position after the token whose logits are at hand, if any are
     watchers: branches that see what it sees, and run or have such branches themselves
+    must_seal: its last row was flushed; must_go_on: it was a drawn token, fed so that it can go on
     pinned: it ended ok, and its join, not yet read, may stitch it
     decoded: tokens drawn in it and in its branches that ended; path: on the longest chain to where it is
     """
 
     __slots__ = (
         "attempt", "decoded", "depth", "drawn", "drew", "ended_at", "expects", "fork", "forked", "frames", "fresh",
-        "gained", "index", "live", "logits_at", "lost", "must_seal", "node", "number", "parent", "path",
+        "gained", "index", "live", "logits_at", "lost", "must_go_on", "must_seal", "node", "number", "parent", "path",
         "path_tokens", "pinned", "plan", "position", "reduced", "run", "seat", "segment", "status", "stitching",
         "unfed", "view", "watchers",
     )  # fmt: skip
@@ -137,7 +144,7 @@ class Thread:
         self.position = 0
         self.unfed = Unfed()
         self.lost = 0
-        self.must_seal = False
+        self.must_seal = self.must_go_on = False
         self.logits_at: int | None = None
         self.gained: list[tuple[Segment, int]] = []
         self.status: str | None = None
@@ -205,6 +212,12 @@ class Branches:
         self.live = self.decoded = 0
         self.closed = False
         self.starts = list(accumulate(arm.multiplicity for arm in node.arms)) if isinstance(node, Fork) else []
+
+    @property
+    def startable(self) -> int:
+        """Branches that have not begun and may."""
+        left = 0 if self.closed else self.width - len(self.last)
+        return left if self.limits.limit is None else min(left, max(0, self.limits.limit - self.live))
 
     @property
     def stitches(self) -> bool:
@@ -349,6 +362,7 @@ def _may_leave_loop(frame: Frame) -> bool:
 
 
 def _leave_node(thread: Thread) -> None:
+    check_drew(thread)
     if not _may_leave_node(thread):
         site = thread.node.site if thread.node is not None else ""
         fault("waits-for-its-branches", f"{thread} goes on from `{site}` before it has done with its branches")
@@ -372,11 +386,37 @@ def _may_leave_node(thread: Thread) -> bool:
 def may_draw(thread: Thread) -> int:
     """How many tokens the thread may still draw at its node."""
     node = thread.node
-    if not isinstance(node, Decode) or node.spec.recorded is not None:
-        return 0
-    if isinstance(node.spec.type, ChoiceType) and node.spec.type.by == "logprob":
-        return 0
-    return node.spec.max_tokens - thread.drawn
+    return node.spec.max_tokens - thread.drawn if isinstance(node, Decode) and _samples(node) else 0
+
+
+def kind_of_text(thread: Thread) -> int:
+    """What is known of tokens that the thread writes now."""
+    match thread.node:
+        case Write(value=value):
+            return LITERAL if _is_literal(value) else KNOWN
+        case Decode(prompt=prompt, spec=spec):
+            return LITERAL if _is_literal(prompt) and _is_literal(spec.recorded) else KNOWN
+        case Fork() | Map():
+            # Before the fork the assistant's turn may be opened; after the join the text of branches is appended.
+            return LITERAL if thread.forked is None else GENERATED
+        case _:
+            return KNOWN
+
+
+def _is_literal(value: Expr | None) -> bool:
+    return value is None or (isinstance(value, Str) and all(isinstance(part, str) for part in value.parts))
+
+
+def check_drew(thread: Thread) -> None:
+    """A gen that samples ends by a token that it drew: the last one, a stop, or the end of the turn."""
+    node = thread.node
+    if isinstance(node, Decode) and _samples(node) and not thread.drawn:
+        fault("draws-of-the-gen", f"{thread} goes on from `{node.site}` without having drawn a token")
+
+
+def _samples(node: Decode) -> bool:
+    is_scored = isinstance(node.spec.type, ChoiceType) and node.spec.type.by == "logprob"
+    return node.spec.recorded is None and not is_scored
 
 
 # --- forks
@@ -504,6 +544,8 @@ def join(thread: Thread, ref: Ref, ok: tuple[int, ...], winners: tuple[int, ...]
         fault("waits-for-its-branches", f"{thread} reads the join of {ref}, where it does not wait")
     _check_ok(branches, ok, ordered)
     _check_closed(branches, len(ok))
+    if ordered and branches.join.kind in ("first", "quorum"):
+        _check_passed(branches, ok)
     _check_verdict(branches, ok, failed)
     _check_winners(branches, ok, winners, failed)
     branches.closed = True
@@ -534,6 +576,22 @@ def _check_ok(branches: Branches, ok: tuple[int, ...], ordered: bool) -> None:
     left = min(ended - read, key=lambda index: _order(branches, index, ordered))
     if _order(branches, left, ordered) < last_read:
         fault("order-of-ends", f"branches {ok} of {branches.ref} are read, and branch {left} ended before")
+
+
+def _check_passed(branches: Branches, ok: tuple[int, ...]) -> None:
+    """What ended without an order of its own must have been past the last branch that was read, or it might have come
+    before it."""
+    last_read = max((_order(branches, index, True) for index in ok), default=(-1, -1))
+    for index in range(branches.width):
+        last = branches.last.get(index)
+        if last is not None and last.status not in (None, "cancelled"):
+            continue
+        so_far = branches.spent.get(index, 0) + (last.decoded if last is not None and last.status is None else 0)
+        if (so_far, index) < last_read:
+            fault(
+                "order-of-ends",
+                f"the join of {branches.ref} reads {ok}, and branch {index} could yet have ended before them",
+            )
 
 
 def _order(branches: Branches, index: int, ordered: bool) -> tuple[int, int]:

@@ -133,15 +133,18 @@ FORK_STEPS: list[Step] = [
     Free(0),
 ]
 
-# `sum` lays the second branch, of one token, after the first: its shift is 2, and the parent goes on at 2 + 2 + 1.
+# The second branch ends its turn after one token, which `sum` lays after the first branch, at a shift of 2; the parent
+# goes on at 2 + 2 + 1.
 SUM = FORK.replace("stitch", "stitch(sum)")
 SUM_STEPS: list[Step] = [
     *FORK_STEPS[:22],
     Token(1, 21),
-    Call((1, 2), (block(1, 1, 1, 3, "decode", ((0, 2, 0), (6, 2, 0))),)),
+    Token(2, 31),
+    Trim(2, 1),
     End(1, "ok"),
     End(2, "ok"),
     Joined(0, ("main", 4), (0, 1), (0, 1), False),
+    Call((0,), (block(1, 1, 1, 3, "flush", ((0, 2, 0), (6, 2, 0))),)),
     Seal(1),
     Seal(2),
     Stitch(0, (1, 2)),
@@ -525,7 +528,7 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("in-order", "fork", put(Enter(0, ("main", 1)), Enter(0, ("main", 4)))),
     ("in-order", "fork", put(Enter(1, ("main", 3)), Enter(1, ("main", 5)))),
     ("in-order", "fork", put(Enter(1, ("main", 3)), Enter(1, ("side", 3)))),
-    ("in-order", "fork", after(Enter(0, ("main", 5)), Enter(0, ("main", 5)))),
+    ("in-order", "fork", after(Token(0, 40), Enter(0, ("main", 5)))),
     ("in-order", "loop", put(Arm(0, ("main", 7), 1), Arm(0, ("main", 7), -1))),
     ("in-order", "loop", put(Arm(0, ("main", 7), 1), Arm(0, ("main", 7), 0))),
     ("in-order", "loop", after(Arm(0, ("main", 7), 0), Arm(0, ("main", 7), 1))),
@@ -595,7 +598,7 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("ends-at-its-end", "reduce", lambda steps: reduced(2)),
     # tokens
     ("fed-in-order", "fork", call(2, 1, first=1)),
-    ("fed-in-order", "fork", drop(Token(2, 30))),
+    ("fed-in-order", "fork", after(Token(2, 30), Trim(2, 1))),
     ("fed-in-order", "fork", put(Write(0, (7,)), Trim(0, 1))),
     ("fed-in-order", "score", put(Trim(0, 1), Trim(0, 4))),
     ("fed-in-order", "score", put(Trim(0, 1), Trim(0, 0))),
@@ -604,11 +607,16 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("kind-of-row", "fork", call(0, 0, kinds=(("prefill", 1),))),
     ("kind-of-row", "fork", call(0, 0, kinds=(("prefill", 1), ("recompute", 1)))),
     ("kind-of-row", "fork", call(0, 0, kinds=(("soup", 2),))),
+    ("kind-of-row", "fork", call(4, 0, kinds=(("reprefill", 1),))),
     ("kind-of-row", "lose", call(1, 0, kinds=(("prefill", 2),))),
     ("kind-of-row", "score", put(SCORE_STEPS[11], Write(0, (7,)))),
     ("flush-then-seal", "fork", call(5, 0, kinds=(("flush", 1),))),
+    ("flush-then-seal", "fork", both(call(5, 0, kinds=(("flush", 1),)), drop(Token(0, 41)))),
+    ("flush-then-seal", "fork", call(3, 1, kinds=(("decode", 1),))),
     ("draws-of-the-gen", "fork", drop(Enter(1, ("main", 3)))),
     ("draws-of-the-gen", "score", drop(Enter(0, ("main", 2)))),
+    ("draws-of-the-gen", "fork", lambda steps: [*steps[:15], End(2, "ok")]),
+    ("draws-of-the-gen", "loop", drop(Token(2, 10))),
     ("draws-of-the-gen", "swap", lambda steps: [*steps[:12], *[Call((0,), ()), Token(0, 7), Trim(0, 1)] * 3]),
     ("draw-has-a-seat", "fork", seats(1, 1)),
     ("draw-has-a-seat", "fork", after(Token(1, 20), Trim(1, 1), Token(1, 20))),
@@ -627,6 +635,8 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("lanes", "fork", seats(1, 0, 1)),
     ("lanes", "loop", before(FIRST, Call((2,), ()))),
     ("lanes", "fork", lambda steps: [*steps[:21], replace_call(steps[21]), *steps[22:]]),
+    ("seats-work", "fork", after(Call((1, 2), ()), Call((1, 2), ()))),
+    ("seats-work", "fork", before(End(0, "ok"), Call((0,), ()))),
     ("limit-of-the-fork", "loop", before(End(1, "failed"), branch(2, 0, 11, 1, "y[1]"))),
     # the end
     ("all-over", "fork", lambda steps: steps[:10]),
@@ -703,6 +713,15 @@ class NoText(ByteSizes):
         return 0
 
 
+# A token is written, fed and taken back.
+AGAIN: list[Step] = [
+    Write(0, (5,)),
+    Page(0, 2),
+    Call((0,), (block(0, 0, 4, 4, "prefill", ((0, 5, 0),)),)),
+    Trim(0, 1),
+    Shrink(0, 1),
+]
+
 OTHERS: list[tuple[str, Recording, Sizes | None]] = [
     ("budget-kept", other_text("fork", "fork(2)", "fork(2, budget=3)"), None),
     ("budget-kept", other_text("fork", "plan()", "plan(budget=5)"), None),
@@ -713,7 +732,8 @@ OTHERS: list[tuple[str, Recording, Sizes | None]] = [
     ("order-of-ends", first_of(False, 1), None),
     ("order-of-ends", first_of(True, 0), None),
     ("within-bounds", BASES["cache"], NoText()),
-    ("within-bounds", recorded(FORK, before(End(0, "ok"), *[Call((0,), ())] * 40)(FORK_STEPS)), ByteSizes()),
+    ("within-bounds", recorded(CACHE, before(End(0, "ok"), *AGAIN * 40)(CACHE_STEPS[:13])), ByteSizes()),
+    ("order-of-ends", replace(BASES["first"], deterministic=True), None),
 ]
 
 
