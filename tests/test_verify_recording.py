@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TypeAlias, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from law_runs import COMMON, engines, model
+from test_preemption import pressed
+from test_preemption import run as run_pressed
 
 from anabranch.compiler.recording import (
     Adopt,
@@ -37,11 +44,18 @@ from anabranch.compiler.recording import (
     Trim,
     Uncache,
     Write,
+    from_json,
+    to_json,
 )
 from anabranch.compiler.replay_rules import RULES
 from anabranch.compiler.scheduler import Machine
 from anabranch.compiler.sizes import ByteSizes, Piece, Sizes
 from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
+from anabranch.dsl.diagnostics import PlanError
+from anabranch.dsl.printer import print_plan
+from anabranch.runtime.engine import Engine, EngineConfig
+from anabranch.runtime.recorder import Recorder
+from anabranch.testing import Plan, plans
 
 Edit: TypeAlias = Callable[[list[Step]], list[Step]]
 
@@ -780,3 +794,148 @@ def test_a_fault_tells_where() -> None:
     assert fault.message == "segment 2 gets page 3, which is not free"
     assert RULES["page-is-free"] in str(fault)
     assert f">     {at} Page(segment=2, page=3)\n      {at + 1} Call(" in str(fault)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_recording_survives_json(name: str) -> None:
+    """Written and read again it is the same, and it still holds."""
+    again = from_json(to_json(BASES[name]))
+    assert again == BASES[name]
+    verify_recording(again)
+
+
+def test_numbers_out_of_range_are_faults() -> None:
+    """Whatever whole numbers a file holds, the verifier says which rule is broken, and soon."""
+    far = [-(1 << 63), -1, (1 << 63) - 1]
+    for base in BASES.values():
+        for at, step in enumerate(base.steps):
+            for field in fields(step):
+                if type(getattr(step, field.name)) is not int:
+                    continue
+                for number in far:
+                    steps = (*base.steps[:at], replace(step, **{field.name: number}), *base.steps[at + 1 :])  # type: ignore[arg-type]
+                    try:
+                        verify_recording(replace(base, steps=steps))
+                    except ScheduleFault:
+                        continue
+                    # An id is whatever the model drew, as long as it is one.
+                    assert field.name == "id" and number > 0, step
+
+
+def test_plans_that_the_recording_does_not_fit() -> None:
+    """A plan that does not compile, or has not that name, or takes other inputs, is told as such."""
+    base = BASES["fork"]
+    for source, code in (
+        (Source("main = plan() {", "main", {}, 0), "syntax"),
+        (Source(FORK, "side", {}, 0), "bad-schedule"),
+        (Source(FORK, "main", {"q": "x"}, 0), "unknown-input"),
+        (Source(FORK.replace("plan()", "plan(q)"), "main", {}, 0), "missing-input"),
+    ):
+        with pytest.raises(PlanError) as raised:
+            verify_recording(replace(base, runs=(source,)))
+        assert raised.value.diagnostics[0].code.startswith(code) or code == "syntax"
+    with pytest.raises(ValueError, match="0 plans are given for 1 runs"):
+        verify_recording(base, compiled=[])
+
+
+def wide(width: int) -> Recording:
+    """A fork of so many branches, of two tokens each, all of them stitched."""
+    lanes, node = 2, ("main", 4)
+    steps: list[Step] = [*FORK_STEPS[:9], Forked(0, node, width)]
+    for first in range(0, width, lanes):
+        members = range(first, min(width, first + lanes))
+        for index in members:
+            steps += [branch(index + 1, 0, 4, index, f"x[{index}]"), Enter(index + 1, ("main", 3))]
+        steps.append(Call(tuple(index + 1 for index in members), ()))
+        steps += [Token(index + 1, 20) for index in members]
+        for index in members:
+            steps += [Open(index + 1, index + 1, 2), Page(index + 1, 2 * index + 2)]
+        rows = [block(i + 1, i + 1, 0, 2, "decode", ((0, 2, 0), (4 * i + 4, 1, 0))) for i in members]
+        steps.append(Call(tuple(index + 1 for index in members), tuple(rows)))
+        steps += [Token(index + 1, 21) for index in members]
+        steps += [End(index + 1, "ok") for index in members]
+    everyone = tuple(range(width))
+    steps.append(Joined(0, node, everyone, everyone, False))
+    rows = [block(i + 1, i + 1, 1, 3, "flush", ((0, 2, 0), (4 * i + 4, 2, 0))) for i in everyone]
+    steps.append(Call((0,), tuple(rows)))
+    steps += [Seal(index + 1) for index in everyone]
+    steps += [Stitch(0, tuple(index + 1 for index in everyone)), Enter(0, ("main", 5)), Write(0, (9,))]
+    steps += [Open(width + 1, 0, 4), Page(width + 1, 2 * width + 2)]
+    view = ((0, 2, 0), *((4 * index + 4, 2, 0) for index in everyone))
+    steps.append(Call((0,), (block(0, width + 1, 0, 4, "prefill", (*view, (4 * width + 4, 1, 0))),)))
+    steps += [Token(0, 40), End(0, "ok"), *(Free(segment) for segment in range(width + 2))]
+    return recorded(FORK.replace("fork(2)", f"fork({width})"), steps, pages=2 * width + 3)
+
+
+def test_a_wide_fork() -> None:
+    """Thousands of branches share their parent's view, and one row reads them all."""
+    good = wide(3000)
+    report = verify_recording(good)
+    assert (report.threads, report.rows["flush"], report.pages_peak) == (3001, 3000, 3002)
+    steps = list(good.steps)
+    at = max(at for at, step in enumerate(steps) if isinstance(step, Call))
+    last = steps[at]
+    assert isinstance(last, Call)
+    (row,) = last.blocks[0].reads
+    steps[at] = replace(last, blocks=(replace(last.blocks[0], reads=((*row[:1500], *row[1501:]),)),))
+    assert broken(replace(good, steps=tuple(steps))).rule == "reads-its-view"
+
+
+# --- what engines record
+
+
+def test_what_engines_do_holds() -> None:
+    """Generated plans on engines of every shape, in small pools too: each run keeps every rule, its bounds included."""
+    kinds: Counter[str] = Counter()
+
+    @settings(COMMON, max_examples=60)
+    @given(engines(), plans(), st.integers(0, 2**32))
+    def law(config: EngineConfig, plan: Plan, seed: int) -> None:
+        if "deadline" in print_plan(plan.program):
+            config = replace(config, deterministic=False)
+        roomy = Engine(model(), replace(config, pages=4096))
+        functions = dict(plan.functions)
+        compiled = roomy.compile(plan.program, None, tuple(functions))
+        least = compiled.bounds(roomy, plan.inputs).pages_depth_first
+        recorder = Recorder()
+        engine = Engine(model(), replace(config, pages=least + (config.pages or 0)), recorder=recorder)
+        run = engine.submit(compiled, plan.inputs, seed=seed, functions=functions)
+        while run.result is None:
+            engine.step()
+        recording = recorder.recording()
+        assert from_json(to_json(recording)) == recording
+        report = verify_recording(recording, sizes=engine.sizes)
+        assert report.calls == run.result.counts["steps"]
+        assert sum(report.rows.values()) == run.result.counts["rows"]
+        assert report.tokens_drawn == run.result.counts["tokens_decoded"]
+        kinds.update({type(step).__name__: 1 for step in recording.steps})
+
+    law()
+    assert {"Stitch", "Joined", "Adopt", "Shrink", "Round", "Arm", "Cache"} <= kinds.keys(), kinds
+
+
+def test_what_engines_preempt_holds() -> None:
+    """The same where the pool runs out, and threads are swapped out or lose what they fed."""
+    kinds: Counter[str] = Counter()
+
+    @settings(COMMON, max_examples=30)
+    @given(pressed())
+    def law(case: tuple[EngineConfig, list[Plan], int, int]) -> None:
+        engine, _, recorder = run_pressed(*case)
+        verify_recording(recorder.recording(), sizes=engine.sizes)
+        kinds.update({type(step).__name__: 1 for step in recorder.recording().steps})
+
+    law()
+    assert {"SwapOut", "SwapIn", "Lose"} <= kinds.keys(), kinds
+
+
+def test_the_docs_tell_every_rule() -> None:
+    """docs/schedules.md lists the rules, and every step with its fields."""
+    page = (Path(__file__).parent.parent / "docs" / "schedules.md").read_text(encoding="utf-8")
+    for rule, meaning in RULES.items():
+        assert f"| `{rule}` | {meaning} |" in page
+    for kind in get_args(Step):
+        tag = "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__)[1:]
+        line = next(line for line in page.splitlines() if line.startswith("| `") and f"`{tag}`" in line.split("|")[1])
+        if kind is not Uncache and kind is not Cache:
+            assert line.split("|")[2].strip() == ", ".join(field.name for field in fields(kind)), line
