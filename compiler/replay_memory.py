@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anabranch.compiler.recording import Kinds, Read
-from anabranch.compiler.replay_plan import DRAWN, GENERATED, LITERAL, LOST, Thread
 from anabranch.compiler.replay_rules import fault
+from anabranch.compiler.replay_threads import DRAWN, GENERATED, LITERAL, LOST, Thread
 from anabranch.compiler.replay_views import Segment, View, check_reads, in_order, merged
 from anabranch.compiler.scheduler import Machine
 

@@ -22,10 +22,9 @@ from anabranch.compiler.bounds import Bounds, steps_bound
 from anabranch.compiler.json_values import bad_schedule
 from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.recording import Recording, Source, Step
+from anabranch.compiler.replay_joins import join
 from anabranch.compiler.replay_memory import Memory
 from anabranch.compiler.replay_plan import (
-    DRAWN,
-    Thread,
     at_end,
     begin_branch,
     begin_round,
@@ -33,12 +32,12 @@ from anabranch.compiler.replay_plan import (
     end_branch,
     enter,
     fork,
-    join,
     kind_of_text,
     may_draw,
     take_arm,
 )
 from anabranch.compiler.replay_rules import RULES, Fault, fault
+from anabranch.compiler.replay_threads import DRAWN, Thread
 from anabranch.compiler.sizes import Sizes
 from anabranch.dsl.parse import parse_text
 
