@@ -266,6 +266,8 @@ class _Replay:
             self._acting(thread.number)
             if thread.must_seal:
                 fault("flush-then-seal", f"{thread} ends after a flushed token, which nothing sealed")
+            if thread.must_go_on:
+                fault("kind-of-row", f"the last token of {thread} was fed so that it can go on, and it ends")
             check_drew(thread)
             if not at_end(thread):
                 fault("ends-at-its-end", f"{thread} ends ok, and its plan goes on")

@@ -622,6 +622,7 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("kind-of-row", "fork", call(0, 0, kinds=(("prefill", 1), ("recompute", 1)))),
     ("kind-of-row", "fork", call(0, 0, kinds=(("soup", 2),))),
     ("kind-of-row", "fork", call(4, 0, kinds=(("reprefill", 1),))),
+    ("kind-of-row", "fork", drop(Token(0, 41))),
     ("kind-of-row", "lose", call(1, 0, kinds=(("prefill", 2),))),
     ("kind-of-row", "score", put(SCORE_STEPS[11], Write(0, (7,)))),
     ("flush-then-seal", "fork", call(5, 0, kinds=(("flush", 1),))),
