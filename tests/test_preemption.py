@@ -62,7 +62,7 @@ def run(config: EngineConfig, plans: Sequence[Plan], more: int, seed: int) -> tu
 
 
 @st.composite
-def pressed(draw: st.DrawFn) -> tuple[EngineConfig, list[Case], int, int]:
+def pressed(draw: st.DrawFn) -> tuple[EngineConfig, list[Plan], int, int]:
     """An engine, plans, pages beyond the least, and a seed: so that pages often run out."""
     contexts = st.sampled_from(["drop", "text", "stitch"])
     text = PLAN.replace("LONG", str(draw(st.sampled_from([14, 8])))).replace("CONTEXT", draw(contexts))
@@ -86,7 +86,7 @@ def test_what_is_preempted_goes_on_as_if_nothing_had_been() -> None:
 
     @settings(COMMON, max_examples=50)
     @given(pressed())
-    def law(drawn_case: tuple[EngineConfig, list[Case], int, int]) -> None:
+    def law(drawn_case: tuple[EngineConfig, list[Plan], int, int]) -> None:
         config, plans, more, seed = drawn_case
         engine, results, recorder = run(config, plans, more, seed)
         _, calm, _ = run(replace(config, preempt="never"), plans, 4096, seed)
