@@ -9,14 +9,15 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from law_runs import COMMON
 
-from anabranch.compiler.recording import Begin, End, Lose, Recording, Stitch, SwapOut
+from anabranch.compiler.recording import Begin, End, Recording, Stitch, SwapOut
 from anabranch.compiler.scheduler import Need, Thread, Waiting
-from anabranch.testing import Plan, Policy, Simulation, machines, plans, simulate, traces
+from anabranch.testing import Plan, Policy, Simulation, least_pages, machines, plans, simulate, traces
 
 SHARDS = 4
 SCHEDULES = int(os.environ.get("ANABRANCH_SCHEDULES", "20000"))
@@ -45,14 +46,20 @@ def simulations(draw: st.DrawFn, drawn: st.SearchStrategy[Plan]) -> Simulation:
     batch = draw(st.lists(drawn, min_size=1, max_size=2))
     scripts = [draw(traces()) for _ in batch]
     machine = draw(machines(*batch, least=draw(st.sampled_from([None, True]))))
-    deterministic = draw(st.booleans()) and not any(plan.has_deadline for plan in batch)
+    policy = draw(st.sampled_from([None, Bold(), Shuffled()]))
+    preempt = draw(st.sampled_from(["swap", "recompute", "never"]))
+    if draw(st.integers(0, 3)) == 3:
+        # Pages of one token, a few more than the least, and everybody may start: pages run out.
+        small = replace(machine, lanes=8, page_size=1)
+        pages = max(least_pages(plan, small) for plan in batch) + draw(st.integers(1, 8))
+        machine, policy = replace(small, pages=pages), policy or Bold()
     return simulate(
         batch,
         machine,
         scripts,
-        policy=draw(st.sampled_from([None, Bold(), Shuffled()])),
-        deterministic=deterministic,
-        preempt=draw(st.sampled_from(["swap", "recompute", "never"])),
+        policy=policy,
+        deterministic=draw(st.booleans()) and not any(plan.has_deadline for plan in batch),
+        preempt=preempt,
         prefix_cache=draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
     )
@@ -72,8 +79,6 @@ def traits(recording: Recording) -> list[set[str]]:
                 found[run_of[thread]].add("a stitch of several branches")
             case End(thread=thread, status=status) if status != "ok":
                 found[run_of[thread]].add("a failure or a cancellation")
-            case Lose(thread=thread):
-                found[run_of[thread]].add("a preemption")
             case _:
                 pass
     return found
