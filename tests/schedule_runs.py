@@ -17,7 +17,8 @@ from law_runs import COMMON
 
 from anabranch.compiler.recording import Begin, End, Recording, Stitch, SwapOut
 from anabranch.compiler.scheduler import Need, Thread, Waiting
-from anabranch.testing import Plan, Policy, Simulation, least_pages, machines, plans, simulate, traces
+from anabranch.testing import Outcome, Plan, Policy, Simulation, least_pages, machines, plans, simulate, traces
+from anabranch.testing._adversarial import hungry_plans
 
 SHARDS = 4
 SCHEDULES = int(os.environ.get("ANABRANCH_SCHEDULES", "20000"))
@@ -43,13 +44,16 @@ class Shuffled(Bold):
 @st.composite
 def simulations(draw: st.DrawFn, drawn: st.SearchStrategy[Plan]) -> Simulation:
     """One or two plans together, on any machine that can hold each, under any policy and way to preempt."""
-    batch = draw(st.lists(drawn, min_size=1, max_size=2))
+    pressed = draw(st.integers(0, 4)) == 4
+    batch = draw(st.lists(hungry_plans() if pressed else drawn, min_size=1, max_size=2))
     scripts = [draw(traces()) for _ in batch]
     machine = draw(machines(*batch, least=draw(st.sampled_from([None, True]))))
     policy = draw(st.sampled_from([None, Bold(), Shuffled()]))
     preempt = draw(st.sampled_from(["swap", "recompute", "never"]))
-    if draw(st.integers(0, 3)) == 3:
-        # Pages of one token, a few more than the least, and everybody may start: pages run out.
+    if pressed:
+        # Whatever may be written is, on pages of one token, a few more than the least, and everybody may start: so
+        # pages run out.
+        scripts = [replace(script, outcomes=(Outcome(16),)) for script in scripts]
         small = replace(machine, lanes=8, page_size=1)
         pages = max(least_pages(plan, small) for plan in batch) + draw(st.integers(1, 8))
         machine, policy = replace(small, pages=pages), policy or Bold()
