@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from anabranch.compiler.scheduler import Machine, Policy
     from anabranch.compiler.verify_recording import Report, ScheduleFault, verify_recording
     from anabranch.testing._adversarial import adversarial_plans
-    from anabranch.testing._machines import machines
+    from anabranch.testing._machines import least_pages, machines
     from anabranch.testing._plan import Plan
     from anabranch.testing._plans import plans
     from anabranch.testing._schedules import schedules
@@ -43,6 +43,7 @@ __all__ = [
     "Simulation",
     "Trace",
     "adversarial_plans",
+    "least_pages",
     "machines",
     "plans",
     "schedules",
@@ -56,7 +57,7 @@ _HOMES: Final = {
     "anabranch.compiler.scheduler": ("Machine", "Policy"),
     "anabranch.compiler.verify_recording": ("Report", "ScheduleFault", "verify_recording"),
     "anabranch.testing._adversarial": ("adversarial_plans",),
-    "anabranch.testing._machines": ("machines",),
+    "anabranch.testing._machines": ("least_pages", "machines"),
     "anabranch.testing._plan": ("Plan",),
     "anabranch.testing._plans": ("plans",),
     "anabranch.testing._schedules": ("schedules",),

@@ -16,12 +16,13 @@ def adversarial_plans(*, wide: int = MOST_WIDE, deep: int = MOST_DEEP) -> st.Sea
     """Plans of the shapes on which schedules go wrong, each of which shrinks to its own smallest.
 
     Forks of one and of `wide` cheap branches; forks nested `deep`; nothing before a fork; nothing in a branch; branches
-    that all fail, with a fallback and without; joins of joins, such as a stitch of stitches or a `sum` inside a `max`.
+    that all fail, with a fallback and without; joins of joins, such as a stitch of stitches or a `sum` inside a `max`;
+    branches that write more than all of them have pages for.
     wide: branches at most; deep: forks inside one another at most
     """
     if wide < 1 or not 1 <= deep <= MOST_DEEP:
         raise ValueError(f"forks of {wide} branches, {deep} deep: at least 1, and at most {MOST_DEEP} deep")
-    return st.one_of(_fork_of_one(), _empty(), _all_fail(), _join_of_joins(), _deep(deep), _wide(wide))
+    return st.one_of(_fork_of_one(), _empty(), _all_fail(), _join_of_joins(), hungry_plans(), _deep(deep), _wide(wide))
 
 
 _VALUES = ("all", "first(1)", "vote(v)", "best(v)", "best(logprob)", "quorum(1, v)")
@@ -94,6 +95,15 @@ def _join_of_joins(draw: st.DrawFn) -> Plan:
         fork = _fork(draw(st.integers(1, 3)), body, draw(_values), draw(_contexts), level=level)
         body = f"{before} {fork} {draw(_afters)}"
     return _plan(draw(_prefixes), body)
+
+
+@st.composite
+def hungry_plans(draw: st.DrawFn) -> Plan:
+    """Equal branches that may all write much, on as many pages as they find."""
+    width, long = draw(st.integers(2, 6)), draw(st.integers(4, 20))
+    inner = draw(st.sampled_from(["", 'fork(2) { gen("k", max=4); } join(all, stitch);']))
+    fork = _fork(width, f"gen(max={long}); {inner}", draw(_values), draw(_contexts))
+    return _plan('text("a");', fork, draw(_afters))
 
 
 @st.composite

@@ -356,7 +356,7 @@ class _Maker:
                 options.append(Option("type", _call("json", Str((schema,)))))
         options.append(Option("max", Int(self.number(least, max(least, most)))))
         if self.chance(25):
-            options.append(Option("temperature", self.pick([Int(0), Float(0.7), Int(3)])))
+            options.append(Option("temperature", self.pick(_TEMPERATURES)))
         if self.chance(10):
             options.append(
                 self.pick([Option("top_k", Int(5)), Option("top_p", Float(0.9)), Option("min_p", Float(0.05))])
@@ -632,35 +632,33 @@ class _Maker:
 
         several: whether a count above one may be asked for; outer: the fork is in no other, and stitches more often
         """
-        stitch = 20 if outer else 6
-        context = self.weighted([(2, "drop"), (2, "text")] if fresh else [(2, "drop"), (2, "text"), (stitch, "stitch")])
-        positions = self.pick(["max", "sum"]) if context == "stitch" else "max"
+        context = self.weighted([(2, _DROP), (2, _TEXT), (0 if fresh else 20 if outer else 6, _STITCH)])
+        if context.kind == "stitch" and self.chance(50):
+            context = ast.JoinContext("stitch", "sum")
         many = 20 if outer else 6
         kind = self.weighted([(many, "all"), (3, "first"), (2, "vote"), (2, "best"), (1, "logprob"), (1, "quorum")])
-        key: str | None = None
         count: Expr | None = None
-        by: Any = None
         match kind:
             case "all":
                 if self.chance(60 if outer else 35):
                     count = Int(self.number(1, width))
+                elif context.kind == "drop" and self.chance(50):
+                    return None, None
+                return ast.Join(ast.JoinValue("all", count), context), None
             case "first":
                 count = Int(self.number(1, width) if several else 1)
+                return ast.Join(ast.JoinValue("first", count), context), None
             case "vote":
-                key, by = self.name(), self.pick([None, "casefold", "number"])
+                key = self.name()
+                return ast.Join(ast.JoinValue("vote", None, key, self.pick(_BY)), context), key
             case "best":
                 key = self.name()
+                return ast.Join(ast.JoinValue("best", None, key), context), key
             case "logprob":
-                return (
-                    ast.Join(ast.JoinValue("best", None, "logprob"), ast.JoinContext(_context(context), positions)),
-                    None,
-                )
-            case "quorum":
-                key, count = self.name(), Int(self.number(1, width))
-        if kind == "all" and count is None and context == "drop" and self.chance(50):
-            return None, None
-        value = ast.JoinValue(kind, count, key, by)  # type: ignore[arg-type]
-        return ast.Join(value, ast.JoinContext(_context(context), positions)), key
+                return ast.Join(ast.JoinValue("best", None, "logprob"), context), None
+            case _:
+                key = self.name()
+                return ast.Join(ast.JoinValue("quorum", Int(self.number(1, width)), key), context), key
 
     def ensure_key(self, child: _Block, key: str | None) -> None:
         """Bind the join's key: a small number, so that votes agree and scores differ."""
@@ -771,6 +769,10 @@ class _Maker:
         block.bind(name, kind)
 
 
+_TEMPERATURES: tuple[Expr, ...] = (Int(0), Float(0.7), Int(3))
+_BY: tuple[Literal["casefold", "number"] | None, ...] = (None, "casefold", "number")
+_DROP, _TEXT, _STITCH = ast.JoinContext("drop"), ast.JoinContext("text"), ast.JoinContext("stitch")
+
 _SCHEMAS: tuple[tuple[str, Kind, dict[str, Kind], int], ...] = (
     ('{"type": "integer"}', "int", {}, 2),
     ('{"enum": ["a", "b"]}', "word", {}, 4),
@@ -784,10 +786,6 @@ _SCHEMAS: tuple[tuple[str, Kind, dict[str, Kind], int], ...] = (
     ('{"type": "array", "items": {"type": "integer"}, "maxItems": 3}', "ints", {}, 5),
 )
 """Schemas with the kind of their values, the fields of records, and tokens that are enough for one."""
-
-
-def _context(word: str) -> Any:
-    return word
 
 
 def _call(function: str, *args: Expr) -> Apply:
