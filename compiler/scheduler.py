@@ -21,7 +21,7 @@ Sources: Liu 1986 (the order of children when the pool is tight), Graham 1969 an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal, TypeAlias
@@ -169,11 +169,20 @@ class Scheduler:
         heappush(self._queue, (thread.plan, thread))
         return thread
 
-    def fork(self, parent: Thread, children: Sequence[Child], *, base: int, limit: int | None = None) -> Fork:
+    def fork(
+        self,
+        parent: Thread,
+        children: Sequence[Child],
+        *,
+        base: int,
+        limit: int | None = None,
+        only: Collection[int] | None = None,
+    ) -> Fork:
         """`parent` (seated, without work) waits for `children`.
 
         base: pages that the parent holds now, which its reservation includes
         limit: how many children may run at once
+        only: the children that start, if not all; the pages of all are reckoned with
         """
         self._leave(parent)
         parent.state = "waiting"
@@ -182,6 +191,8 @@ class Scheduler:
         parent.forks.append(fork)
         if children:
             self._plan_pages(fork, base)
+            if only is not None:
+                fork.starts = [index for index in fork.starts if index in only]
             self._offer(fork)
         return fork
 
