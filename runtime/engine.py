@@ -679,9 +679,9 @@ class Engine:
                 again.thread, task.thread = task.thread, None
                 again.critical = max(again.critical, task.critical)
                 again.below = task.tokens
-                if again.budget is not None:
-                    # All tries share what the branch was given.
-                    again.budget -= task.tokens
+                if task.budget is not None:
+                    # All tries share what the branch was given; a fork's share is charged whole, as within a try.
+                    again.budget = task.budget - task.spent - task.charged
                 assert again.thread is not None
                 self._tasks[again.thread] = again
                 fork.running[task.index] = again
@@ -717,7 +717,6 @@ class Engine:
             return
         fork.running.pop(task.index, None)
         parent = fork.parent
-        parent.below += task.tokens
         if fork.closed:
             return
         parent.critical = max(parent.critical, task.critical)

@@ -18,7 +18,7 @@ class Ended:
 
     names: what the branch bound, for the join's key
     logprob: mean log-probability per drawn token, for `best(logprob)`; None if it drew none
-    tokens: decoded in the branch, its own branches included
+    tokens: decoded in the branch, and in those of its own branches that their joins found ok
     critical: tokens on the longest chain of dependencies up to its end
     """
 

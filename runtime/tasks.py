@@ -222,8 +222,11 @@ class Task:
 
     @property
     def tokens(self) -> int:
-        """Tokens decoded in this thread and its branches."""
-        return self.spent + self.below + (sum(t.tokens for t in self.fork.running.values()) if self.fork else 0)
+        """Tokens decoded in this thread, and in those of its branches that its joins found ok.
+
+        How far the other branches had come when a join closed depends on time, and this orders ends without it.
+        """
+        return self.spent + self.below
 
     def num_pages(self) -> int:
         """Pages that this thread's context has gained since it began."""
@@ -896,7 +899,6 @@ class Task:
             state.rebuilding = set(join.result().winners if over else (e.index for _, e, _ in ends if e.status == "ok"))
         for _, ended, _ in ends:
             if ended.index not in state.rebuilding:
-                self.below += ended.tokens
                 self.critical = max(self.critical, 0 if ended.status == "cancelled" else ended.critical)
         told = [component for index, component in recalled.items() if index not in state.rebuilding]
         self.run.tell(replay.take(self.here, told))
@@ -917,6 +919,7 @@ class Task:
     def _join(self, state: ForkState, result: JoinResult) -> Generator[Request, Any, Value]:
         spec = state.join.spec
         failed = bool(result.failed)
+        self.below += sum(state.join.ended[index].tokens for index in result.ok)
         if state.logged:
             self.run.emit(self._joined(state, result))
         else:
