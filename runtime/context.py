@@ -105,6 +105,20 @@ class Context:
         self.position -= count
         return ids
 
+    def lose(self) -> None:
+        """The open segment is emptied: its tokens are to be fed again."""
+        if self.segment is not None:
+            if self.pool.recorder is not None and self.owner is not None:
+                self.pool.recorder.note(recording.Lose(self.owner))
+            self.unfed[:0] = [Unfed(token, Row.RECOMPUTE) for token in self.segment.empty()]
+
+    def pages_for(self, count: int) -> int:
+        """Pages that it takes beside those at hand to feed `count` tokens."""
+        size = self.pool.page_size
+        if self.segment is None:
+            return -(-count // size)
+        return max(0, -(-(self.segment.length + count) // size) - len(self.segment.pages))
+
     def seal(self) -> View | None:
         """Close the open segment into the view, and return the view. Nothing may be unfed."""
         if self.unfed:

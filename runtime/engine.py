@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from anabranch.compiler import recording
 from anabranch.compiler.bounds import Bounds, steps_bound
 from anabranch.compiler.graph import Graph
 from anabranch.compiler.pipeline import Compiled, compile_plan
-from anabranch.compiler.scheduler import Machine, Scheduler, Step, Thread
+from anabranch.compiler.scheduler import Machine, Policy, Scheduler, Step, Thread
 from anabranch.compiler.sizes import ModelSizes
 from anabranch.dsl.ast import Program
 from anabranch.dsl.check import Target
@@ -37,7 +37,7 @@ from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.pages import Entry, KvStore, PagePool, Segment, View
 from anabranch.runtime.recorder import Recorder
 from anabranch.runtime.replay import Log, LogEntry, Replay
-from anabranch.runtime.tasks import BranchStopped, Draw, Feed, ForkState, Rows, Score, Spawn, Task, child_names
+from anabranch.runtime.tasks import BranchStopped, Draw, Feed, ForkState, Reserve, Rows, Score, Spawn, Task, child_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,9 @@ class EngineConfig:
     deterministic: joins close by tokens decoded, not by time, and deadlines are refused
     trace_logits: keep the logits that each token was drawn from (tests; a row is as large as the vocabulary)
     prefix_cache: keep the pages of finished prompts for later runs
+    preempt: what becomes of a thread that started on expected need when the pool runs out: its keys and values go to
+        host memory and come back bit for bit (`swap`), or are computed again from its tokens (`recompute`). Under
+        `never` a thread starts only when its worst case is reserved, and lanes may stand empty
     """
 
     lanes: int = 64
@@ -60,6 +63,7 @@ class EngineConfig:
     deterministic: bool = False
     trace_logits: bool = False
     prefix_cache: bool = True
+    preempt: Literal["swap", "recompute", "never"] = "swap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +228,18 @@ class Engine:
     """Runs plans on one model. Several streams, and several threads, may share it: their runs share its batch."""
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig | None = None, *, recorder: Recorder | None = None
+        self,
+        model: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        policy: Policy | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """recorder: writes down what is done, as a schedule that can be verified"""
+        """policy: who gets a lane, and who is preempted
+        recorder: writes down what is done, as a schedule that can be verified
+        """
         self.model = model
+        self.policy = policy
         self.config = config or EngineConfig()
         decoder = model.decoder
         shape = decoder.config
@@ -257,8 +269,9 @@ class Engine:
         self.constraints = Constraints(model.tokenizer)
         self.sizes = ModelSizes(model.tokenizer, model.chat)
         self.max_context = shape.max_context
-        self.scheduler = Scheduler(self.machine)
+        self.scheduler = self._new_scheduler()
         self.num_steps = 0
+        self.num_preempted = 0
         self._num_threads = 0
         self._tasks: dict[Thread, Task] = {}
         self._forks: dict[Any, ForkState] = {}
@@ -444,8 +457,60 @@ class Engine:
             if self._runs and not self._wait():
                 raise RuntimeError("nothing can run and plans are left: the scheduler is stuck")
             return bool(self._runs)
-        self._execute(step)
+        fits = self._make_room(step)
+        if fits is not None:
+            self._execute(fits)
         return bool(self._runs)
+
+    def _make_room(self, step: Step) -> Step | None:
+        """The step, once the pool holds what it writes; guests are preempted for that. None if none of it is left."""
+        rows = sum(count for _, count in step.feeds) + 2 * (len(step.feeds) + len(step.draws))
+        if self._num_free() >= rows:
+            return step
+        wanted = {thread: self._pages_for(self._work[thread], count) for thread, count in step.feeds}
+        for thread in step.draws:
+            context = self._work[thread].queue[0]
+            wanted[thread] = context.pages_for(len(context.unfed))
+        while self._num_free() < sum(wanted.values()):
+            thread = self.scheduler.victim()
+            self._preempt(thread)
+            wanted.pop(thread, None)
+        feeds = tuple((thread, count) for thread, count in step.feeds if thread in wanted)
+        draws = tuple(thread for thread in step.draws if thread in wanted)
+        return Step(feeds, draws, step.repeat) if feeds or draws else None
+
+    def _num_free(self) -> int:
+        """Pages that nobody holds, or the prefix cache alone."""
+        return self.machine.pages - self.pool.used + self.pool.idle
+
+    def _pages_for(self, work: _Work, count: int) -> int:
+        return sum(context.pages_for(rows) for context, rows in self._portions(work, count))
+
+    def _preempt(self, thread: Thread) -> None:
+        """A guest gives its pages up."""
+        task, work = self._tasks[thread], self._work.get(thread)
+        context = task.context
+        feed = thread.feed
+        if context.segment is not None and context.segment.pages:
+            # Options that are being scored are half fed, and fed again they would be scored twice.
+            if self.config.preempt == "swap" or (work is not None and work.score is not None):
+                context.segment.swap_out(self.store)
+            else:
+                context.lose()
+                if work is not None:
+                    feed = len(context.unfed)
+        self.scheduler.preempt(thread, feed=feed)
+        self.num_preempted += 1
+
+    def _bring_back(self, task: Task) -> None:
+        """A thread that was parked, or preempted, has its reservation now."""
+        segment = task.context.segment
+        if segment is not None and segment.swapped is not None:
+            while self._num_free() * self.machine.page_size < segment.length:
+                self._preempt(self.scheduler.victim())
+            segment.swap_in(self.store)
+        if isinstance(task.request, Reserve):
+            self._resume(task, None)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -486,8 +551,20 @@ class Engine:
             held.clear()
         if self.recorder is not None:
             self.recorder.give_up(reason)
-        self.scheduler = Scheduler(self.machine)
+        self.scheduler = self._new_scheduler()
         self.pool = PagePool(self.machine.pages, self.machine.page_size)
+
+    def _new_scheduler(self) -> Scheduler:
+        room = None if self.config.preempt == "never" else self._room
+        return Scheduler(self.machine, self.policy, room)
+
+    def _room(self) -> int:
+        """Pages that are free, less those that guests are still expected to take."""
+        taken = self.pool.used - self.pool.idle
+        for thread in self.scheduler.guests:
+            held = self._tasks[thread].context.num_pages() if thread in self._tasks else 0
+            taken += max(0, self.scheduler.policy.expects(thread.need) - held)
+        return self.machine.pages - taken
 
     def _open(self, run: Run) -> None:
         graph = run.graph
@@ -540,6 +617,8 @@ class Engine:
                 elif isinstance(task.request, Spawn):
                     fork = task.request.fork
                     self._resume(task, fork.join.result())
+                else:
+                    self._bring_back(task)
 
     def _make_child(self, thread: Thread) -> Task:
         fork = self._forks[thread.group]
@@ -608,6 +687,9 @@ class Engine:
         match request:
             case Spawn(fork):
                 self._spawn(task, fork)
+            case Reserve():
+                if self.scheduler.promote(thread):
+                    self._resume(task, None)
             case Draw():
                 self._match_prefix(task)
                 self._give(task, _Work(task, [context], draw=request), len(context.unfed), request.generation.left)

@@ -12,7 +12,7 @@ from anabranch.dsl.values import vote_key
 from anabranch.runtime.events import Status
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Ended:
     """How a branch ended.
 
@@ -194,8 +194,10 @@ class JoinState:
 
     def _fails(self, ok: tuple[int, ...], what: str) -> JoinResult:
         reasons: list[str] = []
+        # Those that counted, and not those that chance to have ended: what is said must not depend on time either.
+        counted = {ended.index: ended for ended in self._counted}
         for index in range(self.width):
-            ended = self.ended.get(index)
+            ended = counted.get(index)
             if ended is None or ended.status != "ok":
                 status = "did not end" if ended is None else ended.status
                 why = f": {ended.reason}" if ended is not None and ended.reason else ""

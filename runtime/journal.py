@@ -366,6 +366,12 @@ _ENDED: Final[dict[str, Check]] = {
 }  # fmt: skip
 
 
+def _counts(value: Any) -> dict[str, int | float]:
+    if type(value) is not dict or not all(type(count) in (int, float) for count in value.values()):
+        raise ValueError
+    return value
+
+
 def _ended(value: Any) -> Ended:
     if type(value) is not dict:
         raise ValueError
@@ -391,7 +397,7 @@ _EVENTS: Final[dict[str, tuple[type[Recorded], dict[str, Check]]]] = {
         BranchEnded,
         {"status": _STATUS, "text": _STR, "value": _any, "reason": _STR, "tokens": _count, "label": _STR_OR_NONE},
     ),
-    "run_ended": (RunEnded, {"status": _STATUS, "value": _any, "reason": _STR, "counts": _DICT}),
+    "run_ended": (RunEnded, {"status": _STATUS, "value": _any, "reason": _STR, "counts": _counts}),
 }  # fmt: skip
 _NAMES: Final = {kind: name for name, (kind, _) in _EVENTS.items()}
 

@@ -12,6 +12,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -144,7 +145,9 @@ class PagePool:
 class Segment:
     """Append-only tokens of one thread, from position `start` on; `length` counts those whose K and V are written."""
 
-    __slots__ = ("expect", "ids", "length", "number", "pages", "pool", "reach", "ref_count", "sealed", "start")
+    __slots__ = (
+        "expect", "ids", "length", "number", "pages", "pool", "reach", "ref_count", "sealed", "start", "swapped",
+    )  # fmt: skip
 
     def __init__(self, pool: PagePool, start: int, *, expect: int = 1, pages: Sequence[int] = ()) -> None:
         self.pool = pool
@@ -158,6 +161,8 @@ class Segment:
         self.expect = expect
         self.reach = 0
         self.ids: list[int] = []
+        # What KvStore.save gave, while the pages are somebody else's.
+        self.swapped: Saved | None = None
 
     def append(self, token_ids: Sequence[int]) -> range:
         """Take slots for `token_ids`; returns their indices in the segment. The caller writes K and V there."""
@@ -206,6 +211,38 @@ class Segment:
             self._note(recording.Free(self.number))
             self.pool.release(self.pages)
             self.pages = []
+
+    def swap_out(self, store: KvStore) -> None:
+        """The content goes to host memory, and the pages go back."""
+        if self.sealed or self.swapped is not None or not self.pages:
+            raise RuntimeError("only an open segment that holds pages is swapped out")
+        self._settle()
+        self.swapped = store.save(self)
+        self._note(recording.SwapOut(self.number))
+        self.pool.release(self.pages)
+        self.pages = []
+
+    def swap_in(self, store: KvStore) -> None:
+        """The content comes back, bit for bit, into pages that may be others."""
+        if self.swapped is None:
+            raise RuntimeError("a segment that was not swapped out is swapped in")
+        count = -(-self.length // self.pool.page_size)
+        for _ in range(count):
+            self.pages.append(self.pool.allocate(self.pages[-1] if self.pages else None, count))
+        self._note(recording.SwapIn(self.number, tuple(self.pages)))
+        store.restore(self, self.swapped)
+        self.swapped = None
+
+    def empty(self) -> list[int]:
+        """Forget every token; returns their ids. The pages go back."""
+        if self.sealed:
+            raise RuntimeError("a sealed segment is never emptied")
+        ids, self.ids = self.ids, []
+        self._settle()
+        self.length = 0
+        self.pool.release(self.pages)
+        self.pages = []
+        return ids
 
     def slot(self, index: int) -> int:
         """The pool slot of token `index`."""
@@ -376,6 +413,10 @@ class PrefixCache:
             yield key
 
 
+Saved: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Keys and values of a segment's tokens, layer by layer: each [num_kv_heads, num_tokens, head_dim]."""
+
+
 class KvStore:
     """The keys and values behind the pool's slots, one pair of tensors a layer.
 
@@ -390,3 +431,18 @@ class KvStore:
         plain = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
         self.k: list[Tensor] = [torch.from_numpy(np.zeros(shape, dtype=plain)) for _ in range(num_layers)]
         self.v: list[Tensor] = [torch.from_numpy(np.zeros(shape, dtype=plain)) for _ in range(num_layers)]
+
+    def save(self, segment: Segment) -> Saved:
+        """A copy of what `segment` holds, in host memory."""
+        slots = self._slots(segment)
+        return [(k[:, slots], v[:, slots]) for k, v in zip(self.k, self.v, strict=True)]
+
+    def restore(self, segment: Segment, saved: Saved) -> None:
+        """Write what `save` gave to the slots that `segment` has now."""
+        slots = self._slots(segment)
+        for k, v, (saved_k, saved_v) in zip(self.k, self.v, saved, strict=True):
+            k[:, slots] = saved_k
+            v[:, slots] = saved_v
+
+    def _slots(self, segment: Segment) -> Tensor:
+        return torch.cat([torch.arange(first, stop) for first, stop in segment.runs()])

@@ -9,7 +9,7 @@ import typer
 
 import anabranch
 from anabranch.cli.errors import fail
-from anabranch.cli.run import run_all, show_results, view_of
+from anabranch.cli.run import exit_unless_ok, run_all, show_results, view_of
 from anabranch.cli.sources import host_functions
 from anabranch.cli.text import printable
 from anabranch.dsl.diagnostics import Source
@@ -53,9 +53,9 @@ def resume_file(file: str, *, model: str | None, functions: str | None, as_json:
         if any(result is None for result in results):
             engine = _engine(file, header, model)
             stopped = _go_on(engine, journal, contents, results, functions, as_json)
-    show_results(
-        [result for result in results if result is not None], as_json=as_json, many=header.many, stopped=stopped
-    )
+    ended = [result for result in results if result is not None]
+    show_results(ended, as_json=as_json, many=header.many)
+    exit_unless_ok(ended, stopped=stopped)
 
 
 def _finished(entries: Sequence[LogEntry]) -> RunResult | None:

@@ -8,17 +8,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event as Flag
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import typer
 
 import anabranch
 from anabranch.cli.errors import FAILED
+from anabranch.cli.files import check_writable, write_whole
 from anabranch.cli.inputs import read_inputs
 from anabranch.cli.live import Lines, LiveTree, Silent, View
 from anabranch.cli.sources import chosen_plan, host_functions, read_program
 from anabranch.cli.text import printable, write_json
+from anabranch.cli.verify import fault_of
+from anabranch.cli.verify import summary as summary_of_schedule
+from anabranch.compiler.recording import Recording, to_json
+from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
 from anabranch.dsl.diagnostics import Source
 from anabranch.dsl.spec import Value
 from anabranch.dsl.values import render
@@ -27,6 +32,7 @@ from anabranch.runtime.events import BranchStarted, Event
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.journal import Header, Journal
 from anabranch.runtime.models import load
+from anabranch.runtime.recorder import Recorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +48,14 @@ class Settings:
     pages: int | None
     page_size: int
     chunk: int
+    preempt: Literal["swap", "recompute", "never"]
     model: str
     dtype: str
     template: str | None
     functions: str | None
     journal: str | None
+    schedule: str | None
+    verify: bool
     as_json: bool
 
 
@@ -65,6 +74,9 @@ def _run(file: str, settings: Settings, journal: Journal | None) -> None:
     plan = chosen_plan(program, settings.plan)
     functions = host_functions(settings.functions)
     given = read_inputs(plan, settings.inputs, settings.inputs_file)
+    if settings.schedule is not None:
+        check_writable(settings.schedule)
+    recorder = Recorder() if settings.verify or settings.schedule is not None else None
     model = load(settings.model, dtype=getattr(torch, settings.dtype), template=settings.template)
     engine = Engine(
         model,
@@ -74,7 +86,9 @@ def _run(file: str, settings: Settings, journal: Journal | None) -> None:
             page_size=settings.page_size,
             chunk=settings.chunk,
             deterministic=settings.deterministic,
+            preempt=settings.preempt,
         ),
+        recorder=recorder,
     )
     compiled = engine.compile(program, plan.name, tuple(functions))
     for warning in compiled.warnings:
@@ -101,7 +115,10 @@ def _run(file: str, settings: Settings, journal: Journal | None) -> None:
             journal.begin(_header(settings, program.source, plan.name, given, model.fingerprint))
         run_all(engine, runs, view, stopped, journal)
     results = [run.result for run in runs if run.result is not None]
-    show_results(results, as_json=settings.as_json, many=settings.inputs_file is not None, stopped=stopped.is_set())
+    show_results(results, as_json=settings.as_json, many=settings.inputs_file is not None)
+    if recorder is not None:
+        _keep(recorder.recording(), settings, engine)
+    exit_unless_ok(results, stopped=stopped.is_set())
 
 
 def run_all(engine: Engine, runs: Sequence[Run], view: View, stopped: Flag, journal: Journal | None) -> None:
@@ -120,17 +137,17 @@ def run_all(engine: Engine, runs: Sequence[Run], view: View, stopped: Flag, jour
         view.close()
 
 
-def show_results(results: Sequence[RunResult], *, as_json: bool, many: bool, stopped: bool) -> None:
-    """Print what runs came to; raises typer.Exit unless all are ok.
-
-    many: with `--json`, a list whatever their number
-    stopped: by ctrl-C
-    """
+def show_results(results: Sequence[RunResult], *, as_json: bool, many: bool) -> None:
+    """Print what runs came to. many: with `--json`, as a list whatever their number."""
     if as_json:
         documents = [result_document(result) for result in results]
         write_json(documents if many else documents[0])
     else:
         _print(results)
+
+
+def exit_unless_ok(results: Sequence[RunResult], *, stopped: bool) -> None:
+    """Raises typer.Exit with code 1 unless every run ended ok. stopped: by ctrl-C, which is said."""
     if stopped:
         typer.echo("interrupted: this is what was finished", err=True)
     if stopped or any(result.status != "ok" for result in results):
@@ -164,6 +181,19 @@ def _header(
 def _absolute(name: str) -> str:
     """A name that may be of a file: it is then to be found from any folder."""
     return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _keep(recording: Recording, settings: Settings, engine: Engine) -> None:
+    """Write the recorded schedule, and verify it, as the settings say. Raises PlanError."""
+    if settings.schedule is not None:
+        write_whole(settings.schedule, to_json(recording).encode("utf-8", "surrogatepass"))
+    if settings.verify:
+        try:
+            report = verify_recording(recording, sizes=engine.sizes)
+        except ScheduleFault as fault:
+            fault_of(fault)
+        else:
+            typer.echo(summary_of_schedule(report), err=True)
 
 
 def result_document(result: RunResult) -> dict[str, Any]:
