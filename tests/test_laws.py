@@ -18,7 +18,7 @@ from typing import TypeAlias
 import pytest
 import strategies
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import Case, cases
 from torch import Tensor
@@ -205,8 +205,6 @@ def test_batch_mates_and_lanes_do_not_matter() -> None:
     @settings(COMMON, max_examples=max(1, EXAMPLES // 3))
     @given(cases(), engines(), engines(), cases(fuel=30, max_depth=1), st.integers(0, 2**32))
     def law(case: Case, one: EngineConfig, two: EngineConfig, other: Case, seed: int) -> None:
-        # Branches that are equally probable are told apart by the last bit, which differs between shapes of engine.
-        assume("best(logprob)" not in print_plan(case.program))
         # Which branches had ended when a join closed is decided by time, unless the engine is deterministic.
         alone = run(replace(one, deterministic=True), [case], seed=seed)[0]
         beside = run(replace(two, deterministic=True), [case, other], seed=seed)[0]
