@@ -28,7 +28,7 @@ Sources: Liu 1986 (the order of children when the pool is tight), Graham 1969 an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil
@@ -510,7 +510,7 @@ class Scheduler:
         """Reserve what a thread needs, if that is to be had; it is no guest then."""
         fork = thread.group
         if fork is None:
-            if any(plan < thread.plan and other.state != "ended" for plan, other in self._queue):
+            if any(first < thread.plan for first in self._without_reservation()):
                 return False  # an earlier plan has waited for longer
             charge = thread.need.peak
         elif fork.carrier is None:
@@ -527,6 +527,13 @@ class Scheduler:
             self._guests.remove(thread)
             thread.guest = False
         return True
+
+    def _without_reservation(self) -> Iterator[int]:
+        """The first plan of those that have not started, and those whose own threads are guests."""
+        while self._queue and self._queue[0][-1].state == "ended":
+            heappop(self._queue)
+        yield from (plan for plan, _ in self._queue[:1])
+        yield from (thread.plan for thread in self._guests if thread.group is None)
 
     def _has_room(self, need: Need) -> bool:
         return self._room is not None and self._room() >= self.policy.expects(need)

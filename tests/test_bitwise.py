@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import Case, cases
 from torch import Tensor
 
 from anabranch.dsl.parse import parse_text
 from anabranch.runtime.engine import Engine, EngineConfig, RunResult
 from anabranch.runtime.events import Path
 from anabranch.runtime.models import LoadedModel, load
+from anabranch.testing import Plan, plans
 
 DTYPES = [torch.float32, torch.float64]
 COMMON = settings(
@@ -49,13 +49,17 @@ def engines(draw: st.DrawFn) -> EngineConfig:
     )
 
 
-def run(dtype: torch.dtype, config: EngineConfig, plans: Sequence[Case], *, seed: int, warm: bool = False):
+def run(dtype: torch.dtype, config: EngineConfig, batch: Sequence[Plan], *, seed: int, warm: bool = False):
     """Run the plans in one batch; `warm`: after they were run once, so that prefixes come from the cache."""
     roomy = Engine(model(dtype), replace(config, pages=4096))
-    least = max(roomy.compile(case.program).bounds(roomy, case.inputs).pages_depth_first for case in plans)
+    compiled = [roomy.compile(plan.program, functions=tuple(plan.functions)) for plan in batch]
+    least = max(one.bounds(roomy, plan.inputs).pages_depth_first for one, plan in zip(compiled, batch, strict=True))
     engine = Engine(model(dtype), replace(config, pages=least + (config.pages or 0)))
     for _ in range(1 + warm):
-        runs = [engine.submit(case.program, case.inputs, seed=seed) for case in plans]
+        runs = [
+            engine.submit(one, plan.inputs, seed=seed, functions=plan.functions)
+            for one, plan in zip(compiled, batch, strict=True)
+        ]
         while any(run.result is None for run in runs):
             engine.step()
     return [run.result for run in runs if run.result is not None]
@@ -71,7 +75,7 @@ def test_engines(dtype) -> None:
     held = {"rows": 0, "differ": 0, "ord": 0}
 
     @settings(COMMON, max_examples=100)
-    @given(cases(), engines(), engines(), cases(fuel=30, max_depth=1), st.integers(0, 2**32), st.booleans())
+    @given(plans(deadlines=False), engines(), engines(), plans(fuel=30, max_depth=1, deadlines=False), st.integers(0, 2**32), st.booleans())
     def law(case, one, two, other, seed, warm) -> None:
         alone = rows(run(dtype, one, [case], seed=seed)[0])
         beside = rows(run(dtype, two, [case, other], seed=seed, warm=warm)[0])
