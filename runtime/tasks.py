@@ -4,6 +4,7 @@ request = Feed()                 the unfed tokens of the thread's context
         | Rows(contexts)         the unfed tokens of other contexts: the winners of a stitch
         | Score(token ids)       forced continuations, each taken back again
         | Draw(generation, ...)  tokens, until the gen is done
+        | Reserve()              that its worst case is reserved, before it forks
         | Spawn(fork)            branches, until the join closes
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 from torch import Tensor
 
-from anabranch.compiler import graph
+from anabranch.compiler import graph, recording
 from anabranch.compiler.bounds import KEPT_LOGITS
 from anabranch.compiler.scheduler import Fork as ScheduledFork
 from anabranch.compiler.scheduler import Thread
@@ -90,6 +91,11 @@ class Draw:
     wants_logprobs: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Go on only once the thread's worst case is reserved."""
+
+
 @dataclass(slots=True)
 class Spawn:
     """Run the branches of `fork` and answer with its `JoinResult`."""
@@ -97,7 +103,7 @@ class Spawn:
     fork: ForkState
 
 
-Request: TypeAlias = Feed | Rows | Score | Draw | Spawn
+Request: TypeAlias = Feed | Rows | Score | Draw | Reserve | Spawn
 Steps: TypeAlias = Generator[Request, Any, Any]
 
 
@@ -145,6 +151,7 @@ class ForkState:
     depth: int = 0
     critical: int = 0
     base_view: View | None = None
+    node: tuple[str, int] = ("", 0)
 
 
 class Task:
@@ -199,6 +206,8 @@ class Task:
         self.plan = plan
         self.charged = 0
         self.attempt = 0
+        self.number = context.owner if context.owner is not None else 0
+        self.node: tuple[str, int] | None = None
         self.own_names: set[str] = set(names) if parent is None else set(own_names)
         self.generated: set[str] = set(generated)
 
@@ -220,6 +229,17 @@ class Task:
 
     def emit(self, event: Event) -> None:
         self.run.emit(event)
+
+    def note(self, step: recording.Step) -> None:
+        """Write down what this thread does, where the engine is recorded."""
+        if self.engine.recorder is not None:
+            self.engine.recorder.note(step)
+
+    def _enter(self, dst: int) -> tuple[str, int]:
+        """The thread comes to a node."""
+        self.node = (self.plan, dst)
+        self.note(recording.Enter(self.number, self.node))
+        return self.node
 
     def start(self, branch: Branch | None) -> None:
         """Begin to walk the region."""
@@ -252,6 +272,8 @@ class Task:
 
     def _region(self, region: graph.Region) -> Generator[Request, Any, Returned | None]:
         for node in region.nodes:
+            if not isinstance(node, graph.Let | graph.Need | graph.Return):
+                here = self._enter(node.dst)
             match node:
                 case graph.Write():
                     start = self.context.position
@@ -271,6 +293,7 @@ class Task:
                     outer = self.rounds
                     for number in range(node.rounds):
                         self.rounds = (*outer, f"{node.site}[{number}]")
+                        self.note(recording.Round(self.number, here, number))
                         returned = yield from self._region(node.region)
                         if returned is not None:
                             return returned
@@ -278,7 +301,9 @@ class Task:
                             break
                     self.rounds = outer
                 case graph.Cond():
-                    arm = node.then if self._evaluate(node.cond) else node.orelse
+                    holds = bool(self._evaluate(node.cond))
+                    arm = node.then if holds else node.orelse
+                    self.note(recording.Arm(self.number, here, -1 if arm is None else 0 if holds else 1))
                     if arm is not None:
                         returned = yield from self._region(arm)
                         if returned is not None:
@@ -694,6 +719,8 @@ class Task:
         callee: str | None = None,
     ) -> Generator[Request, Any, Value]:
         context = self.context
+        if self.thread is not None and self.thread.guest:
+            yield Reserve()
         self._open_assistant()
         if not fresh:
             if self.held_space:
@@ -717,6 +744,9 @@ class Task:
         state.base_view = context.view
         state.callee = callee
         self.joining = state
+        assert self.node is not None
+        state.node = self.node
+        self.note(recording.Forked(self.number, state.node, len(labels)))
         result: JoinResult
         if labels:
             result = yield Spawn(state)
@@ -736,6 +766,8 @@ class Task:
     def _join(self, state: ForkState, result: JoinResult) -> Generator[Request, Any, Value]:
         spec = state.join.spec
         winners = [state.finished[i] for i in result.winners]
+        failed = bool(result.failed)
+        self.note(recording.Joined(self.number, state.node, result.ok, () if failed else result.winners, failed))
         if not result.failed and spec.context == "stitch" and winners:
             yield from self._stitch(state, winners)
         elif not result.failed and spec.context == "text":
@@ -778,6 +810,7 @@ class Task:
                 end = max(end, task.context.position)
             self.text.extend(task.text)
         self.run.counts["tokens_aliased"] += sum(e.segment.length for e in entries)
+        self.note(recording.Stitch(self.number, tuple(task.number for task in winners)))
         if entries:
             context.alias(entries, end)
             context.logits = logits

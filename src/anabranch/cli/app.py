@@ -28,6 +28,14 @@ class Dtype(StrEnum):
     FLOAT64 = "float64"
 
 
+class Preempt(StrEnum):
+    """What becomes of a thread that must give up its pages."""
+
+    SWAP = "swap"
+    RECOMPUTE = "recompute"
+    NEVER = "never"
+
+
 class Template(StrEnum):
     """Which chat template stands around the turns."""
 
@@ -175,6 +183,10 @@ def run(
     pages: Pages = None,
     page_size: PageSize = 16,
     chunk: Chunk = 512,
+    preempt: Annotated[
+        Preempt,
+        typer.Option("--preempt", help="When pages run out: swap to host memory, recompute, or reserve worst cases."),
+    ] = Preempt.SWAP,
     model: Model = "smollm2",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What to compute in.")] = Dtype.FLOAT32,
     template: Annotated[
@@ -197,6 +209,7 @@ def run(
             pages=pages,
             page_size=page_size,
             chunk=chunk,
+            preempt=preempt.value,
             model=model,
             dtype=dtype.value,
             template=template.value if template else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import typer
@@ -35,6 +35,7 @@ class Settings:
     pages: int | None
     page_size: int
     chunk: int
+    preempt: Literal["swap", "recompute", "never"]
     model: str
     dtype: str
     template: str | None
@@ -61,6 +62,7 @@ def run_file(file: str, settings: Settings) -> None:
             page_size=settings.page_size,
             chunk=settings.chunk,
             deterministic=settings.deterministic,
+            preempt=settings.preempt,
         ),
     )
     compiled = engine.compile(program, plan.name, tuple(functions))
