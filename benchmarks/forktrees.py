@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from anabranch.compiler.scheduler import Child, Machine, Need, Scheduler, Step, Thread
+from anabranch.compiler.scheduler import Child, Machine, Need, Policy, Scheduler, Step, Thread
 
 # branch = item*
 # item = Work(feed, draw, most)
@@ -171,9 +171,9 @@ class Measured:
     stages: tuple[tuple[Fork, int], ...]
 
 
-def measure(plans: Sequence[Branch], machine: Machine) -> Measured:
-    """Run `plans`, all opened at once, on `machine`. Raises Wasted."""
-    driver = _Driver(plans, machine)
+def measure(plans: Sequence[Branch], machine: Machine, policy: Policy | None = None) -> Measured:
+    """Run `plans`, all opened at once, on `machine`; a `policy` must hold nothing back. Raises Wasted."""
+    driver = _Driver(plans, machine, policy)
     driver.go()
     return Measured(driver.calls, tuple(driver.stages))
 
@@ -181,9 +181,9 @@ def measure(plans: Sequence[Branch], machine: Machine) -> Measured:
 class _Driver:
     """What the engine is to the scheduler, without tokens. A thread claims one page, so pages never press."""
 
-    def __init__(self, plans: Sequence[Branch], machine: Machine) -> None:
+    def __init__(self, plans: Sequence[Branch], machine: Machine, policy: Policy | None) -> None:
         self.machine = machine
-        self.scheduler = Scheduler(machine)
+        self.scheduler = Scheduler(machine, policy)
         self.runs: dict[Thread, _Run] = {}
         self.calls = 0
         self.waiting = 0

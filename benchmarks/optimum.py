@@ -47,7 +47,7 @@ def optimum(
     least: calls known to be needed; upper: calls known to be enough
     Raises Unsolved after `most_states` states.
     """
-    search = _Search(machine, hand_over, most_states)
+    search = Search(machine, hand_over, most_states)
     states = tuple(sorted(search.enter(plan.items, 0) for plan in plans))
     begin = tuple(state for entered in states for state in entered)
     for calls in range(max(least, search.bound(begin)), upper):
@@ -73,8 +73,8 @@ class _Rest:
     works: tuple[tuple[int, int, int], ...]
 
 
-class _Search:
-    """One search. A finished thread is the empty tuple, a thread in a tuple of its own, so that either can be added."""
+class Search:
+    """One search. Where a thread goes on it is a tuple of one state, and where it ends an empty one."""
 
     def __init__(self, machine: Machine, hand_over: bool, most_states: int) -> None:
         self.lanes = machine.lanes

@@ -17,8 +17,8 @@ from anabranch.compiler.scheduler import Machine
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from forktrees import Branch, Fork, Work, figures, measure
-from optimum import States, _Search, optimum
-from quality import Author, batch, batches, compare, large_plans, small_plans, stages
+from optimum import Search, States, optimum
+from quality import Author, batch, batches, compare, large, large_plans, small_plans
 
 PAGES = 1 << 30
 
@@ -35,7 +35,7 @@ def test_small_plans_are_near_the_optimum(foreseen: bool, prefill: bool) -> None
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_large_plans_are_within_the_bound(foreseen: bool) -> None:
     """A fork takes at most max(critical path, work) and its longest branch besides, and so do plans in one batch."""
-    found = [stage for drawn in large_plans(60, foreseen=foreseen) for stage in stages(*drawn)]
+    found = [stage for drawn in large_plans(60, foreseen=foreseen) for stage in large(*drawn).stages]
     found += [batch(*drawn) for drawn in batches(10, foreseen=foreseen)]
     for stage in found:
         assert stage.of.floor(stage.machine) <= stage.calls
@@ -71,7 +71,7 @@ def test_no_call_wastes_a_lane_or_a_row(batched: list[Branch], lanes: int, chunk
     assert measure(batched, machine).calls <= figures(batched, chunk).steps_bound(machine)
 
 
-def fewest(search: _Search, begin: States, most: int) -> int:
+def fewest(search: Search, begin: States, most: int) -> int:
     """The fewest calls by going through every state that can be reached, without bounds or memory of failures."""
     states, calls = {begin}, 0
     while () not in states:
@@ -81,7 +81,7 @@ def fewest(search: _Search, begin: States, most: int) -> int:
     return calls
 
 
-def every(search: _Search, states: States) -> Iterator[tuple[States, int]]:
+def every(search: Search, states: States) -> Iterator[tuple[States, int]]:
     """All that one call can do, idle lanes and unused rows included."""
     leaves: list[tuple[int, int, int, int]] = []
     for state in states:
@@ -118,7 +118,7 @@ def test_the_optimum_is_what_trying_everything_finds(hand_over: bool, prefill: b
         plan = author.tree(rng.randint(3, 4), 3)
         machine = Machine(2, PAGES, chunk=rng.randint(2, 3) if prefill else 99)
         calls = measure([plan], machine).calls
-        search = _Search(machine, hand_over, 0)
+        search = Search(machine, hand_over, 0)
         found = optimum([plan], machine, hand_over=hand_over, upper=calls, most_states=10**6)
         assert found == fewest(search, search.enter(plan.items, 0), calls)
 
