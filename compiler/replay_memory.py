@@ -123,7 +123,8 @@ class Memory:
         thread.unfed.drop(unfed)
         thread.lost = min(thread.lost, thread.unfed.size)
         if fed and segment is not None:
-            for index, token in enumerate(segment.take_back(fed), segment.length - fed):
+            taken = segment.take_back(fed)
+            for index, token in enumerate(taken, segment.length):
                 segment.seen.setdefault(index, set()).add(token)
         thread.position -= count
 

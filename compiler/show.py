@@ -6,15 +6,16 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeAlias, assert_never
 
 from anabranch.compiler.graph_text import graph_text
-from anabranch.compiler.pipeline import compile_plan
+from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.record import record
-from anabranch.compiler.schedule import schedule_text
+from anabranch.compiler.schedule import Schedule, schedule_text
+from anabranch.compiler.schedule_json import Origin, to_json
 from anabranch.compiler.scheduler import Machine
 from anabranch.compiler.sizes import Sizes
 from anabranch.compiler.verify_schedule import verify_schedule
 from anabranch.dsl.ast import Program
 from anabranch.dsl.check import Target
-from anabranch.dsl.printer import dump_ast
+from anabranch.dsl.printer import dump_ast, print_plan
 
 Stage: TypeAlias = Literal["ast", "graph", "schedule"]
 
@@ -42,8 +43,26 @@ def show(
         case "graph":
             return graph_text(compiled.graph)
         case "schedule":
-            on = machine or Machine()
-            bounds = compiled.check_bounds(compiled.bounds_on(on, sizes, inputs), on)
-            return schedule_text(verify_schedule(record(bounds), bounds))
+            return schedule_text(_recorded(compiled, machine or Machine(), sizes, inputs))
         case _:
             assert_never(stage)
+
+
+def schedule_of(
+    program: Program,
+    name: str | None = None,
+    functions: Collection[str] = (),
+    *,
+    machine: Machine | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> str:
+    """The static schedule as JSON, in which text counts as its bytes; parameters and errors as for `show`."""
+    compiled = compile_plan(program, name, functions=functions)
+    schedule = _recorded(compiled, machine or Machine(), None, inputs)
+    text = program.source.text or print_plan(program)
+    return to_json(schedule, Origin(text, compiled.graph.main, dict(inputs or {}), tuple(sorted(functions))))
+
+
+def _recorded(compiled: Compiled, machine: Machine, sizes: Sizes | None, inputs: Mapping[str, Any] | None) -> Schedule:
+    bounds = compiled.check_bounds(compiled.bounds_on(machine, sizes, inputs), machine)
+    return verify_schedule(record(bounds), bounds)

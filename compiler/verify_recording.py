@@ -19,8 +19,9 @@ from typing import assert_never
 
 from anabranch.compiler import recording as rec
 from anabranch.compiler.bounds import Bounds, steps_bound
+from anabranch.compiler.json_values import bad_schedule
 from anabranch.compiler.pipeline import Compiled, compile_plan
-from anabranch.compiler.recording import Recording, Source, Step, bad_schedule
+from anabranch.compiler.recording import Recording, Source, Step
 from anabranch.compiler.replay_memory import Memory
 from anabranch.compiler.replay_plan import (
     DRAWN,

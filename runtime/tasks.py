@@ -56,6 +56,10 @@ class BranchStopped(Exception):
         self.status: Status = status
 
 
+class JoinFailed(BranchStopped):
+    """Too few branches were ok, and nothing stands in for them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Feed:
     """Feed what is unfed. `flush`: it is fed only because the segment seals."""
@@ -558,17 +562,18 @@ class Task:
     def _settle(self, generation: Generation) -> None:
         """Make the context hold what the gen keeps.
 
-        Before: every drawn token but the last is fed, the last is unfed, and the logits are those it was drawn from.
+        Before: every drawn token but the last is fed. The last is unfed, and the logits are those it was drawn from;
+        or, where no token was allowed after it, it is fed too.
         """
         context = self.context
         drawn, kept = generation.drawn, generation.kept
         if kept < drawn:
-            logits = context.logits
-            context.discard(1)
-            self.run.counts["tokens_unfed"] += 1
+            logits, unfed = context.logits, len(context.unfed)
+            context.discard(unfed)
+            self.run.counts["tokens_unfed"] += unfed
             self.run.counts["tokens_trimmed"] += drawn - kept - (generation.done == "end_of_turn")
-            if kept < drawn - 1:
-                context.trim(drawn - 1 - kept)
+            if kept < drawn - unfed:
+                context.trim(drawn - unfed - kept)
                 logits = None
             context.logits = logits
         if generation.replacement:
@@ -633,6 +638,8 @@ class Task:
             raise BranchStopped("`reduce` of nothing")
         self._open_assistant()
         started = 0
+        # The fallback stands for the value of the whole, and not for what one level yields.
+        level = replace(node.limits, fallback=None)
         while len(values) > 1:
             groups = [values[i : i + node.by] for i in range(0, len(values), node.by)]
             run = [i for i, group in enumerate(groups) if len(group) > 1]
@@ -648,12 +655,16 @@ class Task:
                 key = str(first + index)
                 return Branch(key, None, node.region, names, None, False, node.limits, shares[index], (node.item,))
 
-            merged = yield from self._run_branches(
-                node.site, [None] * len(run), branch, JoinSpec(), node.limits, needs, fresh=node.limits.fresh
-            )
+            try:
+                merged = yield from self._run_branches(
+                    node.site, [None] * len(run), branch, JoinSpec(), level, needs, fresh=level.fresh
+                )
+            except JoinFailed:
+                if node.limits.fallback is None:
+                    raise
+                self._bind(node.name, self._evaluate(node.limits.fallback))
+                return
             started += len(run)
-            if len(merged) < len(run):
-                raise BranchStopped("a group of `reduce` did not come out")
             values = [group[0] for group in groups]
             for place, value in zip(run, merged, strict=True):
                 values[place] = value
@@ -785,7 +796,7 @@ class Task:
             ended = state.join.ended[0]
             raise BranchStopped(f"`{state.callee}` {ended.status}: {ended.reason}")
         if state.limits.fallback is None:
-            raise BranchStopped(f"{state.site}: {result.failed}")
+            raise JoinFailed(f"{state.site}: {result.failed}")
         return self._evaluate(state.limits.fallback)
 
     def _stitch(self, state: ForkState, winners: list[Task]) -> Generator[Request, Any, None]:
