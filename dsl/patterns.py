@@ -27,7 +27,7 @@ def check_regex(pattern: str) -> str:
     """Why `pattern` cannot be used, in a few words; "" if it can."""
     if len(pattern) > MAX_PATTERN:
         return f"it is longer than {MAX_PATTERN} characters"
-    reason = _shape(pattern)
+    reason = _no_utf8(pattern) or _shape(pattern)
     if reason:
         return reason
     from llguidance import LLMatcher
@@ -41,6 +41,8 @@ def check_schema(schema: str) -> str:
     """Why the JSON schema (a JSON text) cannot be used, in a few words; "" if it can."""
     if len(schema) > MAX_SCHEMA:
         return f"it is longer than {MAX_SCHEMA} characters"
+    if reason := _no_utf8(schema):
+        return reason
     try:
         document = json.loads(schema)
     except (ValueError, RecursionError) as error:
@@ -126,6 +128,10 @@ def parser_limits() -> LLParserLimits:
         max_grammar_size=100_000,
         verbose_errors=False,
     )
+
+
+def _no_utf8(text: str) -> str:
+    return "it holds half a character, a lone surrogate" if any("\ud800" <= c <= "\udfff" for c in text) else ""
 
 
 def _shape(pattern: str) -> str:

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anabranch.dsl.parse import parse_text
 from anabranch.runtime.engine import Engine, EngineConfig, RunResult
 from anabranch.runtime.events import Path
 from anabranch.runtime.models import LoadedModel, load
@@ -75,7 +74,14 @@ def test_engines(dtype) -> None:
     held = {"rows": 0, "differ": 0, "ord": 0}
 
     @settings(COMMON, max_examples=100)
-    @given(plans(deadlines=False), engines(), engines(), plans(fuel=30, max_depth=1, deadlines=False), st.integers(0, 2**32), st.booleans())
+    @given(
+        plans(deadlines=False),
+        engines(),
+        engines(),
+        plans(fuel=30, max_depth=1, deadlines=False),
+        st.integers(0, 2**32),
+        st.booleans(),
+    )
     def law(case, one, two, other, seed, warm) -> None:
         alone = rows(run(dtype, one, [case], seed=seed)[0])
         beside = rows(run(dtype, two, [case, other], seed=seed, warm=warm)[0])
