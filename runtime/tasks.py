@@ -851,7 +851,8 @@ class Task:
                 # A space held back for a gen that did not come belongs to the text after all.
                 self.held_space = False
             if context.unfed:
-                yield Feed(flush=len(context.unfed) == 1)
+                # What was lost comes before it, and has a kind of its own.
+                yield Feed(flush=all(unfed.row is Row.RECOMPUTE for unfed in context.unfed[:-1]))
             logits = context.logits
             context.seal()
             context.logits = logits

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TypeAlias, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from law_runs import COMMON, engines, model
+from test_preemption import pressed
+from test_preemption import run as run_pressed
 
 from anabranch.compiler.recording import (
     Adopt,
@@ -37,11 +44,18 @@ from anabranch.compiler.recording import (
     Trim,
     Uncache,
     Write,
+    from_json,
+    to_json,
 )
 from anabranch.compiler.replay_rules import RULES
 from anabranch.compiler.scheduler import Machine
 from anabranch.compiler.sizes import ByteSizes, Piece, Sizes
 from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
+from anabranch.dsl.diagnostics import PlanError
+from anabranch.dsl.printer import print_plan
+from anabranch.runtime.engine import Engine, EngineConfig
+from anabranch.runtime.recorder import Recorder
+from anabranch.testing import Plan, plans
 
 Edit: TypeAlias = Callable[[list[Step]], list[Step]]
 
@@ -133,15 +147,18 @@ FORK_STEPS: list[Step] = [
     Free(0),
 ]
 
-# `sum` lays the second branch, of one token, after the first: its shift is 2, and the parent goes on at 2 + 2 + 1.
+# The second branch ends its turn after one token, which `sum` lays after the first branch, at a shift of 2; the parent
+# goes on at 2 + 2 + 1.
 SUM = FORK.replace("stitch", "stitch(sum)")
 SUM_STEPS: list[Step] = [
     *FORK_STEPS[:22],
     Token(1, 21),
-    Call((1, 2), (block(1, 1, 1, 3, "decode", ((0, 2, 0), (6, 2, 0))),)),
+    Token(2, 31),
+    Trim(2, 1),
     End(1, "ok"),
     End(2, "ok"),
     Joined(0, ("main", 4), (0, 1), (0, 1), False),
+    Call((0,), (block(1, 1, 1, 3, "flush", ((0, 2, 0), (6, 2, 0))),)),
     Seal(1),
     Seal(2),
     Stitch(0, (1, 2)),
@@ -525,7 +542,7 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("in-order", "fork", put(Enter(0, ("main", 1)), Enter(0, ("main", 4)))),
     ("in-order", "fork", put(Enter(1, ("main", 3)), Enter(1, ("main", 5)))),
     ("in-order", "fork", put(Enter(1, ("main", 3)), Enter(1, ("side", 3)))),
-    ("in-order", "fork", after(Enter(0, ("main", 5)), Enter(0, ("main", 5)))),
+    ("in-order", "fork", after(Token(0, 40), Enter(0, ("main", 5)))),
     ("in-order", "loop", put(Arm(0, ("main", 7), 1), Arm(0, ("main", 7), -1))),
     ("in-order", "loop", put(Arm(0, ("main", 7), 1), Arm(0, ("main", 7), 0))),
     ("in-order", "loop", after(Arm(0, ("main", 7), 0), Arm(0, ("main", 7), 1))),
@@ -595,7 +612,7 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("ends-at-its-end", "reduce", lambda steps: reduced(2)),
     # tokens
     ("fed-in-order", "fork", call(2, 1, first=1)),
-    ("fed-in-order", "fork", drop(Token(2, 30))),
+    ("fed-in-order", "fork", after(Token(2, 30), Trim(2, 1))),
     ("fed-in-order", "fork", put(Write(0, (7,)), Trim(0, 1))),
     ("fed-in-order", "score", put(Trim(0, 1), Trim(0, 4))),
     ("fed-in-order", "score", put(Trim(0, 1), Trim(0, 0))),
@@ -604,11 +621,17 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("kind-of-row", "fork", call(0, 0, kinds=(("prefill", 1),))),
     ("kind-of-row", "fork", call(0, 0, kinds=(("prefill", 1), ("recompute", 1)))),
     ("kind-of-row", "fork", call(0, 0, kinds=(("soup", 2),))),
+    ("kind-of-row", "fork", call(4, 0, kinds=(("reprefill", 1),))),
+    ("kind-of-row", "fork", drop(Token(0, 41))),
     ("kind-of-row", "lose", call(1, 0, kinds=(("prefill", 2),))),
     ("kind-of-row", "score", put(SCORE_STEPS[11], Write(0, (7,)))),
     ("flush-then-seal", "fork", call(5, 0, kinds=(("flush", 1),))),
+    ("flush-then-seal", "fork", both(call(5, 0, kinds=(("flush", 1),)), drop(Token(0, 41)))),
+    ("flush-then-seal", "fork", call(3, 1, kinds=(("decode", 1),))),
     ("draws-of-the-gen", "fork", drop(Enter(1, ("main", 3)))),
     ("draws-of-the-gen", "score", drop(Enter(0, ("main", 2)))),
+    ("draws-of-the-gen", "fork", lambda steps: [*steps[:15], End(2, "ok")]),
+    ("draws-of-the-gen", "loop", drop(Token(2, 10))),
     ("draws-of-the-gen", "swap", lambda steps: [*steps[:12], *[Call((0,), ()), Token(0, 7), Trim(0, 1)] * 3]),
     ("draw-has-a-seat", "fork", seats(1, 1)),
     ("draw-has-a-seat", "fork", after(Token(1, 20), Trim(1, 1), Token(1, 20))),
@@ -627,6 +650,8 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("lanes", "fork", seats(1, 0, 1)),
     ("lanes", "loop", before(FIRST, Call((2,), ()))),
     ("lanes", "fork", lambda steps: [*steps[:21], replace_call(steps[21]), *steps[22:]]),
+    ("seats-work", "fork", after(Call((1, 2), ()), Call((1, 2), ()))),
+    ("seats-work", "fork", before(End(0, "ok"), Call((0,), ()))),
     ("limit-of-the-fork", "loop", before(End(1, "failed"), branch(2, 0, 11, 1, "y[1]"))),
     # the end
     ("all-over", "fork", lambda steps: steps[:10]),
@@ -703,6 +728,15 @@ class NoText(ByteSizes):
         return 0
 
 
+# A token is written, fed and taken back.
+AGAIN: list[Step] = [
+    Write(0, (5,)),
+    Page(0, 2),
+    Call((0,), (block(0, 0, 4, 4, "prefill", ((0, 5, 0),)),)),
+    Trim(0, 1),
+    Shrink(0, 1),
+]
+
 OTHERS: list[tuple[str, Recording, Sizes | None]] = [
     ("budget-kept", other_text("fork", "fork(2)", "fork(2, budget=3)"), None),
     ("budget-kept", other_text("fork", "plan()", "plan(budget=5)"), None),
@@ -713,7 +747,8 @@ OTHERS: list[tuple[str, Recording, Sizes | None]] = [
     ("order-of-ends", first_of(False, 1), None),
     ("order-of-ends", first_of(True, 0), None),
     ("within-bounds", BASES["cache"], NoText()),
-    ("within-bounds", recorded(FORK, before(End(0, "ok"), *[Call((0,), ())] * 40)(FORK_STEPS)), ByteSizes()),
+    ("within-bounds", recorded(CACHE, before(End(0, "ok"), *AGAIN * 40)(CACHE_STEPS[:13])), ByteSizes()),
+    ("order-of-ends", replace(BASES["first"], deterministic=True), None),
 ]
 
 
@@ -760,3 +795,148 @@ def test_a_fault_tells_where() -> None:
     assert fault.message == "segment 2 gets page 3, which is not free"
     assert RULES["page-is-free"] in str(fault)
     assert f">     {at} Page(segment=2, page=3)\n      {at + 1} Call(" in str(fault)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_recording_survives_json(name: str) -> None:
+    """Written and read again it is the same, and it still holds."""
+    again = from_json(to_json(BASES[name]))
+    assert again == BASES[name]
+    verify_recording(again)
+
+
+def test_numbers_out_of_range_are_faults() -> None:
+    """Whatever whole numbers a file holds, the verifier says which rule is broken, and soon."""
+    far = [-(1 << 63), -1, (1 << 63) - 1]
+    for base in BASES.values():
+        for at, step in enumerate(base.steps):
+            for field in fields(step):
+                if type(getattr(step, field.name)) is not int:
+                    continue
+                for number in far:
+                    steps = (*base.steps[:at], replace(step, **{field.name: number}), *base.steps[at + 1 :])  # type: ignore[arg-type]
+                    try:
+                        verify_recording(replace(base, steps=steps))
+                    except ScheduleFault:
+                        continue
+                    # An id is whatever the model drew, as long as it is one.
+                    assert field.name == "id" and number > 0, step
+
+
+def test_plans_that_the_recording_does_not_fit() -> None:
+    """A plan that does not compile, or has not that name, or takes other inputs, is told as such."""
+    base = BASES["fork"]
+    for source, code in (
+        (Source("main = plan() {", "main", {}, 0), "unclosed-bracket"),
+        (Source(FORK, "side", {}, 0), "bad-schedule"),
+        (Source(FORK, "main", {"q": "x"}, 0), "unknown-input"),
+        (Source(FORK.replace("plan()", "plan(q)"), "main", {}, 0), "missing-input"),
+    ):
+        with pytest.raises(PlanError) as raised:
+            verify_recording(replace(base, runs=(source,)))
+        assert raised.value.diagnostics[0].code == code
+    with pytest.raises(ValueError, match="0 plans are given for 1 runs"):
+        verify_recording(base, compiled=[])
+
+
+def wide(width: int) -> Recording:
+    """A fork of so many branches, of two tokens each, all of them stitched."""
+    lanes, node = 2, ("main", 4)
+    steps: list[Step] = [*FORK_STEPS[:9], Forked(0, node, width)]
+    for first in range(0, width, lanes):
+        members = range(first, min(width, first + lanes))
+        for index in members:
+            steps += [branch(index + 1, 0, 4, index, f"x[{index}]"), Enter(index + 1, ("main", 3))]
+        steps.append(Call(tuple(index + 1 for index in members), ()))
+        steps += [Token(index + 1, 20) for index in members]
+        for index in members:
+            steps += [Open(index + 1, index + 1, 2), Page(index + 1, 2 * index + 2)]
+        rows = [block(i + 1, i + 1, 0, 2, "decode", ((0, 2, 0), (4 * i + 4, 1, 0))) for i in members]
+        steps.append(Call(tuple(index + 1 for index in members), tuple(rows)))
+        steps += [Token(index + 1, 21) for index in members]
+        steps += [End(index + 1, "ok") for index in members]
+    everyone = tuple(range(width))
+    steps.append(Joined(0, node, everyone, everyone, False))
+    rows = [block(i + 1, i + 1, 1, 3, "flush", ((0, 2, 0), (4 * i + 4, 2, 0))) for i in everyone]
+    steps.append(Call((0,), tuple(rows)))
+    steps += [Seal(index + 1) for index in everyone]
+    steps += [Stitch(0, tuple(index + 1 for index in everyone)), Enter(0, ("main", 5)), Write(0, (9,))]
+    steps += [Open(width + 1, 0, 4), Page(width + 1, 2 * width + 2)]
+    view = ((0, 2, 0), *((4 * index + 4, 2, 0) for index in everyone))
+    steps.append(Call((0,), (block(0, width + 1, 0, 4, "prefill", (*view, (4 * width + 4, 1, 0))),)))
+    steps += [Token(0, 40), End(0, "ok"), *(Free(segment) for segment in range(width + 2))]
+    return recorded(FORK.replace("fork(2)", f"fork({width})"), steps, pages=2 * width + 3)
+
+
+def test_a_wide_fork() -> None:
+    """Thousands of branches share their parent's view, and one row reads them all."""
+    good = wide(3000)
+    report = verify_recording(good)
+    assert (report.threads, report.rows["flush"], report.pages_peak) == (3001, 3000, 3002)
+    steps = list(good.steps)
+    at = max(at for at, step in enumerate(steps) if isinstance(step, Call))
+    last = steps[at]
+    assert isinstance(last, Call)
+    (row,) = last.blocks[0].reads
+    steps[at] = replace(last, blocks=(replace(last.blocks[0], reads=((*row[:1500], *row[1501:]),)),))
+    assert broken(replace(good, steps=tuple(steps))).rule == "reads-its-view"
+
+
+# --- what engines record
+
+
+def test_what_engines_do_holds() -> None:
+    """Generated plans on engines of every shape, in small pools too: each run keeps every rule, its bounds included."""
+    kinds: Counter[str] = Counter()
+
+    @settings(COMMON, max_examples=60)
+    @given(engines(), plans(), st.integers(0, 2**32))
+    def law(config: EngineConfig, plan: Plan, seed: int) -> None:
+        if "deadline" in print_plan(plan.program):
+            config = replace(config, deterministic=False)
+        roomy = Engine(model(), replace(config, pages=4096))
+        functions = dict(plan.functions)
+        compiled = roomy.compile(plan.program, None, tuple(functions))
+        least = compiled.bounds(roomy, plan.inputs).pages_depth_first
+        recorder = Recorder()
+        engine = Engine(model(), replace(config, pages=least + (config.pages or 0)), recorder=recorder)
+        run = engine.submit(compiled, plan.inputs, seed=seed, functions=functions)
+        while run.result is None:
+            engine.step()
+        recording = recorder.recording()
+        assert from_json(to_json(recording)) == recording
+        report = verify_recording(recording, sizes=engine.sizes)
+        assert report.calls == run.result.counts["steps"]
+        assert sum(report.rows.values()) == run.result.counts["rows"]
+        assert report.tokens_drawn == run.result.counts["tokens_decoded"]
+        kinds.update({type(step).__name__: 1 for step in recording.steps})
+
+    law()
+    assert {"Stitch", "Joined", "Adopt", "Shrink", "Round", "Arm", "Cache"} <= kinds.keys(), kinds
+
+
+def test_what_engines_preempt_holds() -> None:
+    """The same where the pool runs out, and threads are swapped out or lose what they fed."""
+    kinds: Counter[str] = Counter()
+
+    @settings(COMMON, max_examples=30)
+    @given(pressed())
+    def law(case: tuple[EngineConfig, list[Plan], int, int]) -> None:
+        engine, _, recorder = run_pressed(*case)
+        verify_recording(recorder.recording(), sizes=engine.sizes)
+        kinds.update({type(step).__name__: 1 for step in recorder.recording().steps})
+
+    law()
+    assert {"SwapOut", "SwapIn", "Lose"} <= kinds.keys(), kinds
+
+
+def test_the_docs_tell_every_rule() -> None:
+    """docs/schedules.md lists the rules, and every step with its fields."""
+    page = (Path(__file__).parent.parent / "docs" / "schedules.md").read_text(encoding="utf-8")
+    for rule, meaning in RULES.items():
+        assert f"| `{rule}` | {meaning} |" in page
+    for kind in get_args(Step):
+        tag = "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__)[1:]
+        line = next(line for line in page.splitlines() if line.startswith("| `") and f"`{tag}`" in line.split("|")[1])
+        if kind is not Uncache and kind is not Cache:
+            assert line.split("|")[2].strip() == ", ".join(field.name for field in fields(kind)), line
