@@ -63,7 +63,7 @@ def test_every_statement_option_and_join_is_drawn() -> None:
     """Nothing of the language is left out: statements, the options of each, types of gens, joins, functions."""
     found: set[object] = set()
 
-    @settings(COMMON, max_examples=2500)
+    @settings(COMMON, max_examples=1500)
     @given(plans())
     def look(plan: Plan) -> None:
         found.update(("function", name) for name in plan.functions)
@@ -121,14 +121,10 @@ def test_adversarial_plans_are_of_every_shape() -> None:
         for fork in forks:
             found.update({"all fail"} if ast.Need(ast.Bool(False)) in fork.body.stmts else ())
             for inner in fork.body.stmts:
-                if (
-                    isinstance(inner, ast.Fork)
-                    and fork.join
-                    and inner.join
-                    and fork.join.context
-                    and inner.join.context
-                ):
-                    outer, below = fork.join.context, inner.join.context
+                if isinstance(inner, ast.Fork):
+                    outer, below = (
+                        (one.join or ast.Join()).context or ast.JoinContext("drop") for one in (fork, inner)
+                    )
                     if outer.kind == below.kind == "stitch":
                         found.add(f"{below.positions} inside {outer.positions}")
 
@@ -338,10 +334,11 @@ def installed(tmp_path: Path) -> Path:
 def test_hypothesis_knows_the_types_by_itself(installed: Path) -> None:
     """`st.from_type` of a plan, a trace, a machine and a recording, without anything of ours being called."""
     code = """
-from hypothesis import find, settings, strategies as st
+from hypothesis import Phase, find, settings, strategies as st
 from anabranch.testing import Machine, Plan, Recording, Trace
 for kind in (Plan, Trace, Machine, Recording):
-    found = find(st.from_type(kind), lambda value: True, settings=settings(database=None, deadline=None))
+    quick = settings(database=None, deadline=None, max_examples=5, phases=[Phase.generate])
+    found = find(st.from_type(kind), lambda value: True, settings=quick)
     assert type(found) is kind, found
     print(kind.__name__)
 """

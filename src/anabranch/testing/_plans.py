@@ -194,6 +194,7 @@ class _Maker:
     def helper(self) -> Kind:
         """Write a small plan that others call, and that may call itself; the kind of its value."""
         self.in_helper = True
+        inherited, self.inherits_max = self.inherits_max, False
         depth = 2 if self.chance(40) else 0
         block = _Block({"a": "text"}, False, 6 if depth else 2, 2)
         if depth:
@@ -206,7 +207,7 @@ class _Maker:
         body, kind = self.ended(block)
         options = (Option("depth", Int(depth)),) if depth else ()
         self.helpers.append(ast.PlanDef("aid", (ast.Param("a", _call("text", Int(12))),), options, body))
-        self.in_helper = False
+        self.in_helper, self.inherits_max = False, inherited
         return kind
 
     def main(self) -> ast.PlanDef:
