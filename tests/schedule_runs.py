@@ -96,6 +96,9 @@ def hold_schedule(simulation: Simulation) -> None:
     simulation.verify()
     work = sum(result.counts["rows"] + result.counts["tokens_decoded"] for result in simulation.results)
     assert simulation.num_steps <= work
+    for result in simulation.results:
+        assert result.counts["pages_peak"] <= result.counts["pages_bound"]
+        assert simulation.has_waited or result.counts["steps"] <= result.counts["steps_bound"]
 
 
 def hold_schedules(shard: int) -> None:
@@ -104,8 +107,7 @@ def hold_schedules(shard: int) -> None:
     wanted = SCHEDULES // SHARDS
 
     @seed(shard)
-    # Half of the batches are of two plans.
-    @settings(COMMON, max_examples=wanted * 3 // 4)
+    @settings(COMMON, max_examples=wanted)
     @given(simulations(plans()))
     def law(simulation: Simulation) -> None:
         hold_schedule(simulation)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from anabranch.compiler.recording import Recording
-    from anabranch.compiler.scheduler import Machine, Policy
+    from anabranch.compiler.scheduler import Machine, Policy, Waiting
     from anabranch.compiler.verify_recording import Report, ScheduleFault, verify_recording
     from anabranch.testing._adversarial import adversarial_plans
     from anabranch.testing._machines import least_pages, machines
@@ -42,6 +42,7 @@ __all__ = [
     "ScheduleFault",
     "Simulation",
     "Trace",
+    "Waiting",
     "adversarial_plans",
     "least_pages",
     "machines",
@@ -54,7 +55,7 @@ __all__ = [
 
 _HOMES: Final = {
     "anabranch.compiler.recording": ("Recording",),
-    "anabranch.compiler.scheduler": ("Machine", "Policy"),
+    "anabranch.compiler.scheduler": ("Machine", "Policy", "Waiting"),
     "anabranch.compiler.verify_recording": ("Report", "ScheduleFault", "verify_recording"),
     "anabranch.testing._adversarial": ("adversarial_plans",),
     "anabranch.testing._machines": ("least_pages", "machines"),

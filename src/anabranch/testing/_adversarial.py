@@ -109,7 +109,7 @@ def hungry_plans(draw: st.DrawFn) -> Plan:
 @st.composite
 def _deep(draw: st.DrawFn, deep: int) -> Plan:
     """Forks inside one another, one branch each but for one of two."""
-    depth = draw(st.integers(1, deep))
+    depth = draw(st.integers(1, deep) | st.just(deep))
     doubled = draw(st.integers(0, depth - 1))
     value, context, between = draw(_values), draw(_contexts), draw(_bodies)
     body = draw(_bodies)
@@ -121,7 +121,7 @@ def _deep(draw: st.DrawFn, deep: int) -> Plan:
 @st.composite
 def _wide(draw: st.DrawFn, wide: int) -> Plan:
     """A fork of many cheap branches."""
-    width = draw(st.integers(1, wide))
+    width = draw(st.integers(1, wide) | st.just(wide))
     limit = draw(st.sampled_from(["", f", limit={max(1, width // 3)}"]))
     body = draw(st.sampled_from(["", 'text("b");', "gen(max=1);", "gen(max=2); need(false);"]))
     value = draw(st.sampled_from([*_VALUES, "all(min=1)", f"first({max(1, width // 2)})"]))
