@@ -114,13 +114,14 @@ class Thread:
     watchers: branches that see what it sees, and run or have such branches themselves
     pinned: it ended ok, and its join, not yet read, may stitch it
     decoded: tokens drawn in it and in its branches that ended; path: on the longest chain to where it is
+    rank: tokens drawn in it and in those of its branches that joins read, which orders ends where time must not
     """
 
     __slots__ = (
         "attempt", "decoded", "depth", "drawn", "drew", "ended_at", "expects", "fork", "forked", "frames", "fresh",
         "gained", "index", "live", "logits_at", "lost", "must_seal", "node", "number", "parent", "path",
-        "path_tokens", "pinned", "plan", "position", "reduced", "run", "seat", "segment", "status", "stitching",
-        "unfed", "view", "watchers",
+        "path_tokens", "pinned", "plan", "position", "rank", "reduced", "run", "seat", "segment", "status",
+        "stitching", "unfed", "view", "watchers",
     )  # fmt: skip
 
     def __init__(self, number: int, run: int, path: tuple[str, ...], plan: PlanGraph, region: Region) -> None:
@@ -146,7 +147,7 @@ class Thread:
         self.frames = [Frame(region, None)]
         self.node: Node | None = None
         self.expects = ""
-        self.drawn = self.decoded = self.path_tokens = 0
+        self.drawn = self.decoded = self.rank = self.path_tokens = 0
         self.forked: Branches | None = None
         self.reduced: frozenset[int] | None = None
         self.stitching: tuple[Thread, ...] = ()
@@ -187,6 +188,7 @@ class Branches:
         "limits",
         "live",
         "node",
+        "ranks",
         "ref",
         "spent",
         "starts",
@@ -202,6 +204,7 @@ class Branches:
         self.join = join_of(node)
         self.last: dict[int, Thread] = {}
         self.spent: dict[int, int] = {}
+        self.ranks: dict[int, int] = {}
         self.live = self.decoded = 0
         self.closed = False
         self.starts = list(accumulate(arm.multiplicity for arm in node.arms)) if isinstance(node, Fork) else []
@@ -486,6 +489,7 @@ def end_branch(thread: Thread) -> None:
     parent.decoded += thread.decoded
     spent = branches.spent.get(thread.index, 0) + thread.decoded
     branches.spent[thread.index] = spent
+    branches.ranks[thread.index] = branches.ranks.get(thread.index, 0) + thread.rank
     own = branches.arm(thread.index)[2].budget
     if own is not None and spent > own:
         fault("budget-kept", f"branch {thread.index} of {branches.ref} drew {spent} tokens, and may draw {own}")
@@ -507,6 +511,7 @@ def join(thread: Thread, ref: Ref, ok: tuple[int, ...], winners: tuple[int, ...]
     _check_verdict(branches, ok, failed)
     _check_winners(branches, ok, winners, failed)
     branches.closed = True
+    thread.rank += sum(branches.ranks[index] for index in ok)
     longest = max((last.path_tokens for last in branches.last.values()), default=0)
     thread.path_tokens = max(thread.path_tokens, longest)
     chosen = set(winners)
@@ -538,7 +543,7 @@ def _check_ok(branches: Branches, ok: tuple[int, ...], ordered: bool) -> None:
 
 def _order(branches: Branches, index: int, ordered: bool) -> tuple[int, int]:
     if ordered:
-        return branches.spent.get(index, 0), index
+        return branches.ranks.get(index, 0), index
     # Those that ended after the same call have no order.
     return branches.last[index].ended_at, 0
 

@@ -315,6 +315,7 @@ class _Replay:
         thread.drew = self.calls
         thread.drawn += 1
         thread.decoded += 1
+        thread.rank += 1
         thread.path_tokens += 1
         self.tokens += 1
         thread.unfed.push(DRAWN, (token,))

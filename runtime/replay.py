@@ -67,16 +67,22 @@ class Replay:
         found = self._ends.get((here, site), {})
         return [(component, *end) for component, end in found.items() if component in components]
 
-    def take(self, here: Path, components: Iterable[str]) -> list[Recorded]:
-        """All that is left of these branches of a fork at `here`, and of what is below them, in recorded order."""
-        threads = [path for component in components for path in self._tries.get((here, component), ())]
-        return self._take(threads)
+    def has_ends(self, here: Path, site: str) -> bool:
+        """Whether a branch of a fork of `site` at `here` is over."""
+        return (here, site) in self._ends
 
-    def take_thread(self, path: Path) -> list[Recorded]:
-        """All that is left of the thread at `path` and of what is below it, in recorded order."""
+    def take(self, here: Path, components: Iterable[str]) -> tuple[list[Recorded], list[BranchEnded]]:
+        """All that is left of these branches of a fork at `here`, and of what is below them, in recorded order.
+
+        With it, an end for each of those threads that has none: the process was killed before it was told.
+        """
+        return self._take([path for component in components for path in self._tries.get((here, component), ())])
+
+    def take_thread(self, path: Path) -> tuple[list[Recorded], list[BranchEnded]]:
+        """All that is left of the thread at `path` and of what is below it, as `take` gives it."""
         return self._take([path])
 
-    def _take(self, threads: list[Path]) -> list[Recorded]:
+    def _take(self, threads: list[Path]) -> tuple[list[Recorded], list[BranchEnded]]:
         taken: list[tuple[int, LogEntry]] = []
         while threads:
             path = threads.pop()
@@ -86,7 +92,20 @@ class Replay:
                 left.clear()
             threads.extend(self._below.get(path, ()))
         taken.sort(key=lambda numbered: numbered[0])
-        return [entry.event for _, entry in taken]
+        events: list[Recorded] = []
+        open_threads: dict[Path, _Cut] = {}
+        for _, entry in taken:
+            event = entry.event
+            events.append(event)
+            match event:
+                case BranchStarted(label=label):
+                    open_threads[entry.thread] = _Cut(label)
+                case GenEnded() if entry.thread in open_threads:
+                    open_threads[entry.thread].add(event)
+                case BranchEnded():
+                    open_threads.pop(entry.thread, None)
+        # A thread starts after the one that it is below of.
+        return events, [cut.ended(path) for path, cut in reversed(open_threads.items())]
 
     def _file(self, number: int, entry: LogEntry) -> None:
         path = entry.thread
@@ -102,6 +121,23 @@ class Replay:
             component = branch_of(path[-1])
             ends = self._ends.setdefault((path[:-1], component.rpartition("[")[0]), {})
             ends[component] = (entry.ended, entry.event)
+
+
+class _Cut:
+    """What a thread that was not told to end had come to."""
+
+    def __init__(self, label: str | None) -> None:
+        self.label = label
+        self.text = ""
+        self.tokens = 0
+
+    def add(self, gen: GenEnded) -> None:
+        self.text += gen.text
+        self.tokens += gen.drawn
+
+    def ended(self, path: Path) -> BranchEnded:
+        reason = "the join closed without it"
+        return BranchEnded(path, "cancelled", self.text, None, reason, self.tokens, self.label)
 
 
 def branch_of(component: str) -> str:
