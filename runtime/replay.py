@@ -49,7 +49,7 @@ class Replay:
         # The tries of each branch by (path it was forked at, its component), and the threads right below each thread.
         self._tries: dict[tuple[Path, str], list[Path]] = {}
         self._below: dict[Path, list[Path]] = {}
-        # The branches of each fork that ended, by (path, site), in the order of their ends.
+        # Of each fork that had begun, by (path, site): the branches that ended, in the order of their ends.
         self._ends: dict[tuple[Path, str], dict[str, tuple[Ended, BranchEnded]]] = {}
         for number, entry in enumerate(entries):
             self._file(number, entry)
@@ -67,8 +67,8 @@ class Replay:
         found = self._ends.get((here, site), {})
         return [(component, *end) for component, end in found.items() if component in components]
 
-    def has_ends(self, here: Path, site: str) -> bool:
-        """Whether a branch of a fork of `site` at `here` is over."""
+    def has_begun(self, here: Path, site: str) -> bool:
+        """Whether a branch of a fork of `site` at `here` had begun."""
         return (here, site) in self._ends
 
     def take(self, here: Path, components: Iterable[str]) -> tuple[list[Recorded], list[BranchEnded]]:
@@ -113,14 +113,15 @@ class Replay:
         if left is None:
             left = self._threads[path] = deque()
             if path:
-                self._tries.setdefault((path[:-1], branch_of(path[-1])), []).append(path)
+                component = branch_of(path[-1])
+                self._tries.setdefault((path[:-1], component), []).append(path)
+                self._ends.setdefault((path[:-1], site_of(component)), {})
                 parent = next(path[:n] for n in range(len(path) - 1, -1, -1) if not n or path[:n] in self._threads)
                 self._below.setdefault(parent, []).append(path)
         left.append((number, entry))
         if path and entry.ended is not None and isinstance(entry.event, BranchEnded):
             component = branch_of(path[-1])
-            ends = self._ends.setdefault((path[:-1], component.rpartition("[")[0]), {})
-            ends[component] = (entry.ended, entry.event)
+            self._ends[path[:-1], site_of(component)][component] = (entry.ended, entry.event)
 
 
 class _Cut:
@@ -143,6 +144,11 @@ class _Cut:
 def branch_of(component: str) -> str:
     """The branch that a thread's last path component names, whichever try of it this is."""
     return component.partition("~")[0]
+
+
+def site_of(component: str) -> str:
+    """The site of the fork that a path component names a branch of."""
+    return component.rpartition("[")[0]
 
 
 def check_same(recorded: Event, event: Event) -> None:

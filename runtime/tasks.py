@@ -165,6 +165,10 @@ class ForkState:
     texts: dict[int, str] = field(default_factory=dict)
     logged: bool = False
 
+    def component(self, index: int) -> str:
+        """What the path of a branch ends in, whichever try of it it is."""
+        return f"{self.site}[{self.branch(index).key}]"
+
 
 class Task:
     """One thread of a run."""
@@ -276,9 +280,8 @@ class Task:
             names = {str(key): self.names[str(key)]}
         mean = self.logprob_sum / self.logprob_count if self.logprob_count else None
         ended = Ended(self.index, status, value, reason, names, mean, self.tokens, self.critical)
-        if self.recorded and status in ("cancelled", "late"):
-            # Cut off on its way back to where it had been: what it was stays.
-            assert self.run.replay is not None
+        if self.run.replay is not None and status in ("cancelled", "late"):
+            # Perhaps it was cut off on its way back to where it had been: what it was stays.
             events, cut = self.run.replay.take_thread(self.path)
             self._tell(events, cut)
             if any(isinstance(event, BranchEnded) and event.path == self.path for event in events):
@@ -288,10 +291,18 @@ class Task:
         return ended
 
     def close(self, fork: ForkState) -> None:
-        """The join of `fork` has been decided; that is logged before the branches that it cuts off end."""
+        """The join of `fork` has been decided; that is logged before the branches that it cuts off end.
+
+        Branches that had begun before a kill, and have not again, are told of: the join cuts them off too.
+        """
         if self.run.log is not None and not fork.logged and not self.recorded:
             self._log(self._joined(fork, fork.join.result()))
             fork.logged = True
+        replay = self.run.replay
+        if replay is not None and replay.has_begun(self.here, fork.site):
+            over = fork.join.ended.keys() | fork.running.keys()
+            waiting = {fork.component(i): i for i in range(fork.width) if i not in over}
+            self._tell(*replay.take(self.here, waiting), waiting)
 
     def _joined(self, fork: ForkState, result: JoinResult) -> Joined:
         return Joined(self.here, fork.site, result.ok, result.winners, result.value, result.failed)
@@ -895,9 +906,11 @@ class Task:
         if replay is None:
             return True
         decision = self._recorded_join(state)
-        if decision is None and not replay.has_ends(self.here, state.site):
+        if not replay.has_begun(self.here, state.site):
+            if decision is not None and decision.ok:
+                raise misfit(self.here, f"the fork `{state.site}` has winners that did not begin")
             return True
-        index_of = {f"{state.site}[{state.branch(i).key}]": i for i in range(state.width)}
+        index_of = {state.component(i): i for i in range(state.width)}
         join = state.join
         for component, ended, event in replay.ends(self.here, state.site, index_of):
             if ended.index != index_of[component]:
@@ -921,8 +934,7 @@ class Task:
         for ended in recalled.values():
             if ended.index not in state.rebuilding and ended.status != "cancelled":
                 self.critical = max(self.critical, ended.critical)
-        told = {component: i for component, i in index_of.items() if i not in state.starts}
-        self._tell(*replay.take(self.here, told), told)
+        self._tell(*replay.take(self.here, (c for c, i in index_of.items() if i in recalled and i not in state.starts)))
         return bool(state.starts)
 
     def _recorded_join(self, state: ForkState) -> Joined | None:
