@@ -91,16 +91,12 @@ def main() -> None:
                 plain.append(pair[0])
                 kept.append(pair[1])
     speeds = [statistics.median(t.tokens / t.seconds for t in timings) for timings in (plain, kept)]
-    commits = sum(t.num_commits for t in kept)
-    print(
-        f"{options.model}: {options.branches} branches of at most {options.tokens} tokens, {options.repeats} repetitions"
-    )
+    commits, commit_s = sum(t.num_commits for t in kept), sum(t.commit_s for t in kept)
+    print(f"{options.model}: {options.branches} branches of at most {options.tokens} tokens, {len(kept)} repetitions")
     print(f"without a journal    {speeds[0]:.1f} tokens/s (median)")
     print(f"with a journal       {speeds[1]:.1f} tokens/s (median)")
-    print(f"in commits           {sum(t.commit_s for t in kept) / sum(t.seconds for t in kept):.2%} of the time")
-    print(
-        f"commits              {commits / len(kept):.1f} a run, {1000 * sum(t.commit_s for t in kept) / commits:.2f} ms each"
-    )
+    print(f"in commits           {commit_s / sum(t.seconds for t in kept):.2%} of the time")
+    print(f"commits              {commits / len(kept):.1f} a run, {1000 * commit_s / commits:.2f} ms each")
     print(f"size                 {sum(t.num_bytes for t in kept) / sum(t.tokens for t in kept):.1f} bytes a token")
 
 
