@@ -289,7 +289,7 @@ def test_a_killed_run_comes_to_the_same_value(tmp_path: Path, seed: int) -> None
     for number, (contents, path) in enumerate(left):
         if number % 5 == 0:
             # Killed once more, while it goes on.
-            dies_in_a_write(lambda path=path: resume(str(path)), 300 * number)
+            dies_in_a_write(lambda path=path: resume(str(path)), 20 * number)
             contents = read_journal(str(path))
         assert_goes_on(contents, path, whole.value)
     # The journal of a run that is over gives it again.
