@@ -106,7 +106,6 @@ def test_a_run_goes_on_from_any_entry() -> None:
             hold_against_reference(plan, result)
             if config.deterministic:
                 assert (result.value, result.status) == (whole.value, whole.status)
-                assert result.counts["critical_path_tokens"] == whole.counts["critical_path_tokens"]
             assert_idle(engine)
             kept += log
             held.update(resumed=1, finished=len(done), replayed=int(result.counts["tokens_replayed"]))
