@@ -175,13 +175,12 @@ class Run:
         if self.listener is not None:
             self.listener(self, event)
 
-    def tell(self, events: Sequence[Event]) -> Sequence[Event]:
-        """What a journal holds happened without any thread's doing it again. Returns `events`."""
+    def tell(self, events: Sequence[Event]) -> None:
+        """What a journal holds happened without any thread's doing it again."""
         for event in events:
             if isinstance(event, GenEnded):
                 self.count_recorded(event)
             self.emit(event)
-        return events
 
     def count_recorded(self, ended: GenEnded) -> None:
         """Count a gen that a journal holds."""

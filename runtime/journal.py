@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from hashlib import blake2b
 from types import TracebackType
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, Literal, NoReturn, TypeAlias
 
 from anabranch.dsl.diagnostics import Diagnostic, PlanError
 from anabranch.dsl.spec import Value
@@ -62,6 +62,7 @@ class Header:
     pages: int | None
     page_size: int
     chunk: int
+    preempt: Literal["swap", "recompute", "never"]
     model: str
     fingerprint: str
     dtype: str
@@ -408,6 +409,7 @@ _BESIDES_AS: Final = {"drawn_ids": "drawn_ids", "logprob_sum": "logprob_sum", "e
 _HEADER: Final[dict[str, Check]] = {
     "anabranch": _STR, "source": _STR, "text": _STR, "plan": _STR, "inputs": _many(_DICT), "many": _BOOL, "seed": _INT,
     "deterministic": _BOOL, "lanes": _count, "pages": _COUNT_OR_NONE, "page_size": _count, "chunk": _count,
+    "preempt": _one_of("swap", "recompute", "never"),
     "model": _STR, "fingerprint": _STR, "dtype": _one_of("float32", "float64"),
     "template": lambda value: None if value is None else _one_of("raw")(value),
     "functions": _STR_OR_NONE, "id": _STR,

@@ -49,7 +49,7 @@ class Replay:
         # The tries of each branch by (path it was forked at, its component), and the threads right below each thread.
         self._tries: dict[tuple[Path, str], list[Path]] = {}
         self._below: dict[Path, list[Path]] = {}
-        # The branches of each fork that ended, by (path, site), in the order of their ends.
+        # Of each fork that had begun, by (path, site): the branches that ended, in the order of their ends.
         self._ends: dict[tuple[Path, str], dict[str, tuple[Ended, BranchEnded]]] = {}
         for number, entry in enumerate(entries):
             self._file(number, entry)
@@ -67,16 +67,22 @@ class Replay:
         found = self._ends.get((here, site), {})
         return [(component, *end) for component, end in found.items() if component in components]
 
-    def take(self, here: Path, components: Iterable[str]) -> list[Recorded]:
-        """All that is left of these branches of a fork at `here`, and of what is below them, in recorded order."""
-        threads = [path for component in components for path in self._tries.get((here, component), ())]
-        return self._take(threads)
+    def has_begun(self, here: Path, site: str) -> bool:
+        """Whether a branch of a fork of `site` at `here` had begun."""
+        return (here, site) in self._ends
 
-    def take_thread(self, path: Path) -> list[Recorded]:
-        """All that is left of the thread at `path` and of what is below it, in recorded order."""
+    def take(self, here: Path, components: Iterable[str]) -> tuple[list[Recorded], list[BranchEnded]]:
+        """All that is left of these branches of a fork at `here`, and of what is below them, in recorded order.
+
+        With it, an end for each of those threads that has none: the process was killed before it was told.
+        """
+        return self._take([path for component in components for path in self._tries.get((here, component), ())])
+
+    def take_thread(self, path: Path) -> tuple[list[Recorded], list[BranchEnded]]:
+        """All that is left of the thread at `path` and of what is below it, as `take` gives it."""
         return self._take([path])
 
-    def _take(self, threads: list[Path]) -> list[Recorded]:
+    def _take(self, threads: list[Path]) -> tuple[list[Recorded], list[BranchEnded]]:
         taken: list[tuple[int, LogEntry]] = []
         while threads:
             path = threads.pop()
@@ -86,7 +92,20 @@ class Replay:
                 left.clear()
             threads.extend(self._below.get(path, ()))
         taken.sort(key=lambda numbered: numbered[0])
-        return [entry.event for _, entry in taken]
+        events: list[Recorded] = []
+        open_threads: dict[Path, _Cut] = {}
+        for _, entry in taken:
+            event = entry.event
+            events.append(event)
+            match event:
+                case BranchStarted(label=label):
+                    open_threads[entry.thread] = _Cut(label)
+                case GenEnded() if entry.thread in open_threads:
+                    open_threads[entry.thread].add(event)
+                case BranchEnded():
+                    open_threads.pop(entry.thread, None)
+        # A thread starts after the one that it is below of.
+        return events, [cut.ended(path) for path, cut in reversed(open_threads.items())]
 
     def _file(self, number: int, entry: LogEntry) -> None:
         path = entry.thread
@@ -94,19 +113,42 @@ class Replay:
         if left is None:
             left = self._threads[path] = deque()
             if path:
-                self._tries.setdefault((path[:-1], branch_of(path[-1])), []).append(path)
+                component = branch_of(path[-1])
+                self._tries.setdefault((path[:-1], component), []).append(path)
+                self._ends.setdefault((path[:-1], site_of(component)), {})
                 parent = next(path[:n] for n in range(len(path) - 1, -1, -1) if not n or path[:n] in self._threads)
                 self._below.setdefault(parent, []).append(path)
         left.append((number, entry))
         if path and entry.ended is not None and isinstance(entry.event, BranchEnded):
             component = branch_of(path[-1])
-            ends = self._ends.setdefault((path[:-1], component.rpartition("[")[0]), {})
-            ends[component] = (entry.ended, entry.event)
+            self._ends[path[:-1], site_of(component)][component] = (entry.ended, entry.event)
+
+
+class _Cut:
+    """What a thread that was not told to end had come to."""
+
+    def __init__(self, label: str | None) -> None:
+        self.label = label
+        self.text = ""
+        self.tokens = 0
+
+    def add(self, gen: GenEnded) -> None:
+        self.text += gen.text
+        self.tokens += gen.drawn
+
+    def ended(self, path: Path) -> BranchEnded:
+        reason = "the join closed without it"
+        return BranchEnded(path, "cancelled", self.text, None, reason, self.tokens, self.label)
 
 
 def branch_of(component: str) -> str:
     """The branch that a thread's last path component names, whichever try of it this is."""
     return component.partition("~")[0]
+
+
+def site_of(component: str) -> str:
+    """The site of the fork that a path component names a branch of."""
+    return component.rpartition("[")[0]
 
 
 def check_same(recorded: Event, event: Event) -> None:

@@ -32,7 +32,7 @@ from anabranch.runtime.events import BranchEnded, BranchStarted, GenEnded, HostC
 from anabranch.runtime.generation import Generation, choice_encodings, read_value, recorded_ids
 from anabranch.runtime.joins import Ended, JoinResult, JoinState
 from anabranch.runtime.pages import Entry, View
-from anabranch.runtime.replay import LogEntry, Recorded, check_same, misfit
+from anabranch.runtime.replay import LogEntry, Recorded, branch_of, check_same, misfit
 from anabranch.runtime.sampler import draw_key
 
 if TYPE_CHECKING:
@@ -165,6 +165,10 @@ class ForkState:
     texts: dict[int, str] = field(default_factory=dict)
     logged: bool = False
 
+    def component(self, index: int) -> str:
+        """What the path of a branch ends in, whichever try of it it is."""
+        return f"{self.site}[{self.branch(index).key}]"
+
 
 class Task:
     """One thread of a run."""
@@ -276,20 +280,29 @@ class Task:
             names = {str(key): self.names[str(key)]}
         mean = self.logprob_sum / self.logprob_count if self.logprob_count else None
         ended = Ended(self.index, status, value, reason, names, mean, self.tokens, self.critical)
-        if self.recorded and status in ("cancelled", "late"):
-            # Cut off on its way back to where it had been: what it was stays.
-            rest = self.run.tell(self.run.replay.take_thread(self.path)) if self.run.replay is not None else []
-            if any(isinstance(event, BranchEnded) and event.path == self.path for event in rest):
+        if self.run.replay is not None and status in ("cancelled", "late"):
+            # Perhaps it was cut off on its way back to where it had been: what it was stays.
+            events, cut = self.run.replay.take_thread(self.path)
+            self._tell(events, cut)
+            if any(isinstance(event, BranchEnded) and event.path == self.path for event in events):
                 return ended
         event = BranchEnded(self.path, status, "".join(self.text), value, reason, self.spent, self.label)
         self.emit(event, None if again or self.parent is None else ended)
         return ended
 
     def close(self, fork: ForkState) -> None:
-        """The join of `fork` has been decided; that is logged before the branches that it cuts off end."""
+        """The join of `fork` has been decided; that is logged before the branches that it cuts off end.
+
+        Branches that had begun before a kill, and have not again, are told of: the join cuts them off too.
+        """
         if self.run.log is not None and not fork.logged and not self.recorded:
             self._log(self._joined(fork, fork.join.result()))
             fork.logged = True
+        replay = self.run.replay
+        if replay is not None and replay.has_begun(self.here, fork.site):
+            over = fork.join.ended.keys() | fork.running.keys()
+            waiting = {fork.component(i): i for i in range(fork.width) if i not in over}
+            self._tell(*replay.take(self.here, waiting), waiting)
 
     def _joined(self, fork: ForkState, result: JoinResult) -> Joined:
         return Joined(self.here, fork.site, result.ok, result.winners, result.value, result.failed)
@@ -893,41 +906,62 @@ class Task:
         replay = self.run.replay
         if replay is None:
             return True
-        decision = self.recorded[0][1].event if self.recorded else None
-        if decision is not None and (
-            not isinstance(decision, Joined) or (decision.path, decision.site) != (self.here, state.site)
-        ):
-            raise misfit(self.here, f"it comes to the fork `{state.site}` where it holds {type(decision).__name__}")
-        index_of = {f"{state.site}[{state.branch(i).key}]": i for i in range(state.width)}
-        ends = replay.ends(self.here, state.site, index_of)
-        if decision is None and not ends:
+        decision = self._recorded_join(state)
+        if not replay.has_begun(self.here, state.site):
+            if decision is not None and decision.ok:
+                raise misfit(self.here, f"the fork `{state.site}` has winners that did not begin")
             return True
+        index_of = {state.component(i): i for i in range(state.width)}
         join = state.join
-        recalled: dict[int, str] = {}
-        for component, ended, event in ends:
+        for component, ended, event in replay.ends(self.here, state.site, index_of):
             if ended.index != index_of[component]:
                 raise misfit(self.here, f"`{component}` is branch {index_of[component]}, and not {ended.index}")
             join.offer(ended)
-            recalled[ended.index] = component
             state.texts[ended.index] = event.text
+        recalled = dict(join.ended)
         if decision is not None:
-            join.recall(JoinResult(decision.ok, decision.winners, decision.value, decision.failed))
             if not recalled.keys() >= {*decision.ok, *decision.winners}:
                 raise misfit(self.here, f"the fork `{state.site}` has winners that did not end")
-        over = join.decided(lambda: None if len(ends) == state.width else (0, -1))
-        if state.join.spec.context == "stitch":
-            state.rebuilding = set(join.result().winners if over else (e.index for _, e, _ in ends if e.status == "ok"))
-        for _, ended, _ in ends:
-            if ended.index not in state.rebuilding:
-                self.critical = max(self.critical, 0 if ended.status == "cancelled" else ended.critical)
-        told = [component for index, component in recalled.items() if index not in state.rebuilding]
-        self.run.tell(replay.take(self.here, told))
+            join.recall(JoinResult(decision.ok, decision.winners, decision.value, decision.failed))
+        over = join.decided(lambda: None if len(recalled) == state.width else (0, -1))
+        if join.spec.context == "stitch":
+            ok = (ended.index for ended in recalled.values() if ended.status == "ok")
+            state.rebuilding = set(join.result().winners if over else ok)
         if over:
             self.close(state)
             state.starts = set(state.rebuilding)
         else:
-            state.starts = {i for i in range(state.width) if i not in recalled or i in state.rebuilding}
+            state.starts = {*range(state.width)} - recalled.keys() | state.rebuilding
+        for ended in recalled.values():
+            if ended.index not in state.rebuilding and ended.status != "cancelled":
+                self.critical = max(self.critical, ended.critical)
+        self._tell(*replay.take(self.here, (c for c, i in index_of.items() if i in recalled and i not in state.starts)))
         return bool(state.starts)
+
+    def _recorded_join(self, state: ForkState) -> Joined | None:
+        """What a journal holds of the decision of a fork that this thread has come to."""
+        if not self.recorded:
+            return None
+        event = self.recorded[0][1].event
+        if not isinstance(event, Joined) or (event.path, event.site) != (self.here, state.site):
+            raise misfit(self.here, f"it comes to the fork `{state.site}` where it holds {type(event).__name__}")
+        return event
+
+    def _tell(
+        self, events: Sequence[Recorded], cut: Sequence[BranchEnded], index_of: Mapping[str, int] | None = None
+    ) -> None:
+        """What a journal holds of other threads happened without their doing it again.
+
+        cut: ends that it does not hold, and should; index_of: of the branches of this thread's fork
+        """
+        self.run.tell(events)
+        for event in cut:
+            *here, component = event.path
+            index = index_of.get(branch_of(component)) if index_of and tuple(here) == self.here else None
+            ended = None if index is None else Ended(index, event.status, reason=event.reason)
+            if self.run.log is not None:
+                self.run.log(LogEntry(event.path, event, ended=ended))
+            self.run.emit(event)
 
     def drop_finished(self) -> None:
         """Let go of the branches' contexts that waited for their join to be read."""

@@ -79,14 +79,14 @@ def go_on(engine: Engine, plan: Plan, seed: int, kept: Sequence[LogEntry] = ()) 
 def finished(entries: Sequence[LogEntry]) -> dict[tuple[str, ...], BranchEnded]:
     """The branches that came to their own end, by path."""
     ends = (entry.event for entry in entries)
-    return {end.path: end for end in ends if isinstance(end, BranchEnded) and end.status in FINISHED}
+    return {end.path: end for end in ends if isinstance(end, BranchEnded) and end.path and end.status in FINISHED}
 
 
 def test_a_run_goes_on_from_any_entry() -> None:
     """Cut anywhere, three times over: the value under `deterministic`, what had finished always, and the reference."""
     held: Counter[str] = Counter()
 
-    @settings(COMMON, max_examples=max(10, EXAMPLES // 40))
+    @settings(COMMON, max_examples=max(10, EXAMPLES // 50))
     @given(st.data(), engines(), st.integers(0, 2**32), st.randoms(use_true_random=False))
     def law(data: st.DataObject, config: EngineConfig, seed: int, chance: random.Random) -> None:
         plan = data.draw(plans(deadlines=not config.deterministic))
@@ -106,7 +106,6 @@ def test_a_run_goes_on_from_any_entry() -> None:
             hold_against_reference(plan, result)
             if config.deterministic:
                 assert (result.value, result.status) == (whole.value, whole.status)
-                assert result.counts["critical_path_tokens"] == whole.counts["critical_path_tokens"]
             assert_idle(engine)
             kept += log
             held.update(resumed=1, finished=len(done), replayed=int(result.counts["tokens_replayed"]))
@@ -124,8 +123,8 @@ def header(text: str, **changed: Any) -> Header:
     fields: dict[str, Any] = {
         "anabranch": anabranch.__version__, "source": "a.plan", "text": text, "plan": parse_text(text).plans[-1].name,
         "inputs": ({"q": "why?"},), "many": False, "seed": 1, "deterministic": True, "lanes": 4, "pages": 512,
-        "page_size": 4, "chunk": 64, "model": "random", "fingerprint": model().fingerprint, "dtype": "float64",
-        "template": None, "functions": None,
+        "page_size": 4, "chunk": 64, "model": "random", "fingerprint": model().fingerprint, "preempt": "swap",
+        "dtype": "float64", "template": None, "functions": None,
     }  # fmt: skip
     return Header(**{**fields, **changed})
 
@@ -159,6 +158,7 @@ def engine_of(head: Header) -> Engine:
             page_size=head.page_size,
             chunk=head.chunk,
             deterministic=head.deterministic,
+            preempt=head.preempt,
         ),
     )
 
@@ -205,6 +205,10 @@ def kill_at_step(path: str, head: Header, step: int) -> None:
 
 def kill_in_a_write(path: str, head: Header, num_bytes: int) -> None:
     """The process dies when that many bytes of the journal are written, often in the middle of a line."""
+    dies_in_a_write(lambda: write_journal(path, head), num_bytes)
+
+
+def dies_in_a_write(work: Callable[[], object], num_bytes: int) -> None:
     write, left = os.write, num_bytes
 
     def written(descriptor: int, data: Any) -> int:
@@ -215,11 +219,11 @@ def kill_in_a_write(path: str, head: Header, num_bytes: int) -> None:
         left -= len(data)
         return write(descriptor, data)
 
-    def work() -> None:
+    def do() -> None:
         journals.os.write = written  # type: ignore[attr-defined]
-        write_journal(path, head)
+        work()
 
-    killed_child(work)
+    killed_child(do)
 
 
 def kill_from_outside(path: str, head: Header, num_bytes: int) -> None:
@@ -237,15 +241,14 @@ def kills(folder: Path, head: Header, count: int, seed: int) -> list[tuple[Conte
     """Kill the run of `head` `count` times, each at another point; what each left."""
     chance = random.Random(seed)
     whole = folder / f"whole{seed}.jsonl"
-    steps: list[int] = []
-    write_journal(str(whole), head, stop=steps.append)
-    size = whole.stat().st_size
+    sizes: list[int] = []  # before each step
+    write_journal(str(whole), head, stop=lambda step: sizes.append(whole.stat().st_size))
     first = len(whole.read_bytes().split(b"\n")[0]) + 1
     left: list[tuple[Contents, Path]] = []
     for number in range(count):
         path = folder / f"killed{seed}.{number}.jsonl"
         kill = KILLS[number % len(KILLS)]
-        at = chance.randrange(len(steps)) if kill is kill_at_step else chance.randrange(first, size)
+        at = chance.randrange(len(sizes)) if kill is kill_at_step else chance.randrange(first, sizes[-1])
         kill(str(path), head, at)
         left.append((read_journal(str(path)), path))
     return left
@@ -271,8 +274,6 @@ def assert_goes_on(contents: Contents, path: Path, value: object = None) -> None
     assert after.entries[0][: len(contents.entries[0])] == contents.entries[0]
     drawn = {e.thread for e in after.entries[0][len(contents.entries[0]) :] if isinstance(e.event, GenEnded)}
     assert not drawn & done.keys()
-    # The journal of a run that is over gives it again.
-    assert resumed(str(path))["value"] == document["value"]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
@@ -284,8 +285,14 @@ def test_a_killed_run_comes_to_the_same_value(tmp_path: Path, seed: int) -> None
     assert whole.status == "ok", whole.reason
     left = kills(tmp_path, head, 20, seed)
     assert len({len(contents.entries[0]) for contents, _ in left}) >= 5
-    for contents, path in left:
+    for number, (contents, path) in enumerate(left):
+        if number % 5 == 0:
+            # Killed once more, while it goes on.
+            dies_in_a_write(lambda path=path: resume(str(path)), 20 * number)
+            contents = read_journal(str(path))
         assert_goes_on(contents, path, whole.value)
+    # The journal of a run that is over gives it again.
+    assert [resumed(str(path))["value"] for _, path in left[:2]] == [whole.value] * 2
 
 
 def test_a_killed_run_keeps_what_had_finished(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def _engine(file: str, header: Header, model: str | None) -> Engine:
             page_size=header.page_size,
             chunk=header.chunk,
             deterministic=header.deterministic,
+            preempt=header.preempt,
         ),
     )
 

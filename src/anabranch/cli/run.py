@@ -170,6 +170,7 @@ def _header(
         pages=settings.pages,
         page_size=settings.page_size,
         chunk=settings.chunk,
+        preempt=settings.preempt,
         model=_absolute(settings.model),
         fingerprint=fingerprint,
         dtype=settings.dtype,
