@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Literal
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -16,9 +18,9 @@ from hypothesis.stateful import (
     multiple,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
-from strategies import Case, cases
-from test_laws import COMMON, hold_against_reference, model
+from law_runs import COMMON, hold_against_reference, model
 
 from anabranch.compiler.recording import Lose, SwapIn, SwapOut
 from anabranch.compiler.scheduler import Need, Policy
@@ -29,6 +31,7 @@ from anabranch.runtime.context import Context
 from anabranch.runtime.engine import Engine, EngineConfig, Run
 from anabranch.runtime.pages import Segment, View
 from anabranch.runtime.recorder import Recorder
+from anabranch.testing import Plan, plans
 
 LONG = """
 main = plan(n: int) {
@@ -68,23 +71,23 @@ class Engines(RuleBasedStateMachine):
     """Runs come, step, break, are late, are cancelled and preempted; at the end every page is back."""
 
     runs = Bundle("runs")
+    preempt_mode: Literal["swap", "recompute", "never"] = "swap"
 
     @initialize(
-        lanes=st.sampled_from([5, 8, 3, 1]),
-        spare=st.integers(0, 8),
+        lanes=st.sampled_from([8, 5, 3, 1]),
+        spare=st.integers(0, 5),
         page_size=st.sampled_from([1, 2, 4]),
         chunk=st.sampled_from([1, 4, 32]),
-        preempt=st.sampled_from(["swap", "recompute", "never"]),
         deterministic=st.booleans(),
     )
-    def begin(self, lanes: int, spare: int, page_size: int, chunk: int, preempt: str, deterministic: bool) -> None:
+    def begin(self, lanes: int, spare: int, page_size: int, chunk: int, deterministic: bool) -> None:
         config = EngineConfig(
             lanes=lanes,
             # A little more than what the first of the templates needs depth first.
             pages=28 // page_size + 4 + spare,
             page_size=page_size,
             chunk=chunk,
-            preempt=preempt,  # type: ignore[arg-type]
+            preempt=self.preempt_mode,
             deterministic=deterministic,
             trace_logits=True,
         )
@@ -94,7 +97,7 @@ class Engines(RuleBasedStateMachine):
         self.breaks = False
         self.engine.clock = lambda: self.now
         self.engine.sleep = self.pass_time
-        self.cases: dict[Run, Case] = {}
+        self.cases: dict[Run, Plan] = {}
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -106,37 +109,39 @@ class Engines(RuleBasedStateMachine):
 
     @rule(target=runs, name=st.sampled_from(sorted(TEMPLATES)), n=st.integers(0, 4), seed=st.integers(0, 99))
     def submit(self, name: str, n: int, seed: int) -> object:
-        return self.queue(Case(TEMPLATES[name], {"n": n}), seed)
+        return self.queue(Plan(TEMPLATES[name], {"n": n}), seed)
 
-    @rule(target=runs, n=st.integers(3, 4), times=st.integers(1, 30), seed=st.integers(0, 99))
+    @rule(target=runs, n=st.integers(3, 4), times=st.integers(6, 30), seed=st.integers(0, 99))
     def submit_long(self, n: int, times: int, seed: int) -> object:
-        run = self.queue(Case(TEMPLATES["long"], {"n": n}), seed)
+        run = self.queue(Plan(TEMPLATES["long"], {"n": n}), seed)
         self.step(times)
         return run
 
     @rule(target=runs, n=st.integers(2, 4), times=st.integers(2, 9), seed=st.integers(0, 99))
     def submit_late(self, n: int, times: int, seed: int) -> object:
-        run = self.queue(Case(TEMPLATES["late"], {"n": n}), seed)
+        run = self.queue(Plan(TEMPLATES["late"], {"n": n}), seed)
         self.step(times)
         self.time_passes()
         return run
 
     @rule(target=runs, n=st.integers(1, 4), times=st.integers(2, 9), seed=st.integers(0, 99))
     def submit_breaking(self, n: int, times: int, seed: int) -> object:
-        run = self.queue(Case(TEMPLATES["breaks"], {"n": n}), seed)
+        run = self.queue(Plan(TEMPLATES["breaks"], {"n": n}), seed)
         self.breaks = True
         self.step(times)
         return run
 
-    @rule(target=runs, case=cases(fuel=25, max_depth=2), seed=st.integers(0, 99))
-    def submit_any(self, case: Case, seed: int) -> object:
+    @rule(target=runs, case=plans(fuel=25, max_depth=2), seed=st.integers(0, 99))
+    def submit_any(self, case: Plan, seed: int) -> object:
         return self.queue(case, seed)
 
-    def queue(self, case: Case, seed: int) -> object:
+    def queue(self, case: Plan, seed: int) -> object:
         if len(self.cases) > 4:
             return multiple()
         try:
-            run = self.engine.submit(case.program, case.inputs, seed=seed, functions={"breaks": self.host})
+            run = self.engine.submit(
+                case.program, case.inputs, seed=seed, functions={"breaks": self.host, **case.functions}
+            )
         except PlanError as error:
             # The one thing that may be wrong with them: the pool is too small, or deadlines are refused.
             assert {d.code for d in error.diagnostics} <= {"pool-too-small", "wall-clock"}, error
@@ -241,10 +246,25 @@ class Engines(RuleBasedStateMachine):
         seen["lost"] += sum(isinstance(s, Lose) for s in recording.steps)
 
 
-class TestEngines(Engines.TestCase):  # type: ignore[misc, name-defined]
-    """At the end of every sequence, each run is what the reference says and the recording is verified."""
+class Recomputing(Engines):
+    """The same, with tokens that are computed again."""
 
-    settings = settings(COMMON, max_examples=80, stateful_step_count=24)
+    preempt_mode = "recompute"
+
+
+class Reserving(Engines):
+    """The same, with every worst case reserved."""
+
+    preempt_mode = "never"
+
+
+SETTINGS = settings(COMMON, stateful_step_count=24)
+
+
+@pytest.mark.parametrize(("machine", "examples"), [(Engines, 40), (Recomputing, 40), (Reserving, 10)])
+def test_runs_come_and_go(machine: type[Engines], examples: int) -> None:
+    """At the end of every sequence, each run is what the reference says and the recording is verified."""
+    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=examples))
 
 
 def test_everything_came_to_pass() -> None:
