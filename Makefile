@@ -46,6 +46,7 @@ bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/decode.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deterministic.py
 
 quality: venv
 	$(BIN)/python benchmarks/quality.py

@@ -48,7 +48,8 @@ class EngineConfig:
     lanes: threads that hold a row of the batch at once
     pages, page_size: KV pages, and token slots in each; None takes as many pages as `pool_bytes` holds
     chunk: most prefilled rows in one step
-    deterministic: joins close by tokens decoded, not by time, and deadlines are refused
+    deterministic: joins close by tokens decoded, not by time, deadlines are refused, and a branch's logits are the same
+        bit for bit whatever else runs. Raises PlanError `not-deterministic` where this machine cannot keep that
     trace_logits: keep the logits that each token was drawn from (tests; a row is as large as the vocabulary)
     prefix_cache: keep the pages of finished prompts for later runs
     preempt: what becomes of a thread that started on expected need when the pool runs out: its keys and values go to
