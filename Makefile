@@ -10,9 +10,9 @@ QUESTION ?= How many legs does a spider have?
 .PHONY: help venv demo test lint bench quality clean
 
 help:
-	@echo "make demo   run examples/vote.plan on a real model (QUESTION='...' asks something else)"
-	@echo "make test   lint, type check and test everything"
-	@echo "make bench  the benchmarks of docs/benchmarks.md"
+	@echo "make demo     run examples/vote.plan on a real model (QUESTION='...' asks something else)"
+	@echo "make test     lint, type check and test everything"
+	@echo "make bench    the benchmarks of docs/benchmarks.md"
 	@echo "make quality  the scheduler against the best schedules: the tables of docs/scheduler.md"
 
 venv: $(VENV)/.installed
