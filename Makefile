@@ -13,11 +13,11 @@ FUZZ_TARGETS ?= parse check schema recording
 .PHONY: help venv demo test lint bench quality fuzz clean
 
 help:
-	@echo "make demo   run examples/vote.plan on a real model (QUESTION='...' asks something else)"
-	@echo "make test   lint, type check and test everything"
-	@echo "make fuzz   coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
-	@echo "make bench  the benchmarks of docs/benchmarks.md"
+	@echo "make demo      run examples/vote.plan on a real model (QUESTION='...' asks something else)"
+	@echo "make test      lint, type check and test everything"
+	@echo "make bench     the benchmarks of docs/benchmarks.md"
 	@echo "make quality   the scheduler against the best schedules: the tables of docs/scheduler.md"
+	@echo "make fuzz      coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
 
 venv: $(VENV)/.installed
 

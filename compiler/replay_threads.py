@@ -165,7 +165,8 @@ class Branches:
     """
 
     __slots__ = (
-        "before", "closed", "decoded", "join", "last", "limits", "live", "node", "ranks", "ref", "spent", "starts", "width",
+        "before", "closed", "decoded", "join", "last", "limits", "live", "node", "ranks", "ref", "spent", "starts",
+        "width",
     )  # fmt: skip
 
     def __init__(self, node: Split, ref: Ref, width: int, before: int) -> None:
