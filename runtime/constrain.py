@@ -68,7 +68,10 @@ class Constraint(Protocol):
         ...
 
     def advance(self, token: int) -> None:
-        """Move by a drawn token that does not end the turn. Raises ValueError if the type does not allow it here."""
+        """Move by a drawn token that does not end the turn.
+
+        Raises ValueError if the type does not allow it here, and ConstraintError if it does and the engine gives up.
+        """
         ...
 
     def value_starts(self, data: bytes) -> int | None:
@@ -222,8 +225,10 @@ class MatcherConstraint:
         return int(lengths.argmax()) if lengths.any() else None
 
     def advance(self, token: int) -> None:
-        if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} is not allowed here ({_reason(self._matcher.get_error())})")
+        if self._matcher.try_consume_tokens([token]) != 1:
+            if self._matcher.is_error():
+                raise ConstraintError(_reason(self._matcher.get_error()))
+            raise ValueError(f"token {token} is not allowed here")
         self._data += self._vocabulary.texts[token]
         if self._way:
             self._way = self._way[1:] if self._way[0] == token else []
