@@ -34,16 +34,13 @@ As JSON a recording is an object: `format` "anabranch-schedule", `version` 1, `k
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
-from types import UnionType
-from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+from anabranch.compiler.json_values import as_object, as_tagged, bad_schedule, dump, from_object, from_tagged, load
 from anabranch.compiler.schedule import Ref
 from anabranch.compiler.scheduler import Machine
-from anabranch.dsl.diagnostics import Diagnostic, PlanError
 
 Kinds: TypeAlias = tuple[tuple[str, int], ...]
 """Rows of a block by kind, run by run: `prefill`, `reprefill`, `decode`, `flush`, `recompute`."""
@@ -265,132 +262,38 @@ def to_json(recording: Recording) -> str:
         "format": FORMAT,
         "version": VERSION,
         "kind": "recorded",
-        "machine": _plain(recording.machine, named=True),
+        "machine": as_object(recording.machine),
         "deterministic": recording.deterministic,
-        "runs": [_plain(run, named=True) for run in recording.runs],
+        "runs": [as_object(run) for run in recording.runs],
     }
-    lines = ",\n".join(_dump([_TAGS[type(step)], *_plain(step)]) for step in recording.steps)
-    return f'{_dump(head)[:-1]},"steps":[\n{lines}\n]}}\n'
+    lines = ",\n".join(dump(as_tagged(step)) for step in recording.steps)
+    return f'{dump(head)[:-1]},"steps":[\n{lines}\n]}}\n'
 
 
 def from_json(text: str | bytes) -> Recording:
     """Read what `to_json` wrote. Raises PlanError `bad-schedule`, saying where and what, for anything else."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise bad_schedule(f"it is no JSON: {error}") from None
-    return from_document(document)
+    return from_document(load(text))
 
 
 def from_document(document: Any) -> Recording:
     """Read a parsed document. Raises PlanError `bad-schedule`."""
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise bad_schedule(f'it has no `"format": "{FORMAT}"`')
-    if document.get("version") != VERSION or document.get("kind") != "recorded":
-        raise bad_schedule(f"only version {VERSION} of kind `recorded` is read here")
-    known = {"format", "version", "kind", "machine", "deterministic", "runs", "steps"}
-    if set(document) != known:
-        raise bad_schedule(f"its fields must be {sorted(known)}")
+    check_head(document, "recorded", {"machine", "deterministic", "runs", "steps"})
     if not isinstance(document["runs"], list) or not isinstance(document["steps"], list):
         raise bad_schedule("`runs` and `steps` must be lists")
-    machine = _named(Machine, document["machine"], "machine")
-    deterministic = _value(bool, document["deterministic"], "deterministic")
-    runs = tuple(_named(Source, run, f"runs[{place}]") for place, run in enumerate(document["runs"]))
-    steps = tuple(_step(step, f"steps[{place}]") for place, step in enumerate(document["steps"]))
-    return Recording(machine, deterministic, runs, steps)
+    if not isinstance(document["deterministic"], bool):
+        raise bad_schedule("`deterministic` must be a truth value")
+    machine = from_object(Machine, document["machine"], "machine")
+    runs = tuple(from_object(Source, run, f"runs[{place}]") for place, run in enumerate(document["runs"]))
+    steps = tuple(from_tagged(Step, step, f"steps[{place}]") for place, step in enumerate(document["steps"]))
+    return Recording(machine, document["deterministic"], runs, steps)
 
 
-def bad_schedule(what: str) -> PlanError:
-    return PlanError(
-        Diagnostic("bad-schedule", f"this is no schedule: {what}", help="`anabranch run --schedule FILE` writes one")
-    )
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _plain(value: Any, *, named: bool = False) -> Any:
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if is_dataclass(value):
-        names = [field.name for field in fields(value)]
-        items = [_plain(getattr(value, name)) for name in names]
-        return dict(zip(names, items, strict=True)) if named else items
-    return value
-
-
-def _tag(kind: type) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_")
-
-
-_TAGS: dict[type, str] = {kind: _tag(kind) for kind in get_args(Step)}
-_KINDS: dict[str, type] = {tag: kind for kind, tag in _TAGS.items()}
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _named(kind: type, value: Any, where: str) -> Any:
-    hints = _hints(kind)
-    if not isinstance(value, dict) or set(value) != set(hints):
-        raise bad_schedule(f"`{where}` must have the fields {', '.join(hints)}")
-    return _built(kind, {name: _value(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}, where)
-
-
-def _step(value: Any, where: str) -> Step:
-    if not isinstance(value, list) or not value or not isinstance(value[0], str) or value[0] not in _KINDS:
-        raise bad_schedule(f"`{where}` must be a list that begins with the name of a step")
-    step: Step = _listed(_KINDS[value[0]], value[1:], f"{where} ({value[0]})")
-    return step
-
-
-def _listed(kind: type, items: list[Any], where: str) -> Any:
-    hints = _hints(kind)
-    if len(items) != len(hints):
-        raise bad_schedule(f"`{where}` takes {len(hints)} fields ({', '.join(hints)}), not {len(items)}")
-    pairs = zip(hints.items(), items, strict=True)
-    return _built(kind, {name: _value(hint, item, f"{where}.{name}") for (name, hint), item in pairs}, where)
-
-
-def _built(kind: type, values: dict[str, Any], where: str) -> Any:
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise bad_schedule(f"`{where}`: {error}") from None
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint` says. Integers are below 2**63, so that no arithmetic on them is slow."""
-    origin = get_origin(hint)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise bad_schedule(f"`{where}` must be a list")
-        args = get_args(hint)
-        if args[-1] is Ellipsis:
-            return tuple(_value(args[0], item, where) for item in value)
-        if len(value) != len(args):
-            raise bad_schedule(f"`{where}` must be a list of {len(args)}")
-        return tuple(_value(arg, item, where) for arg, item in zip(args, value, strict=True))
-    if origin in (Union, UnionType):
-        (only,) = (arg for arg in get_args(hint) if arg is not type(None))
-        return None if value is None else _value(only, value, where)
-    if hint is Block:
-        if not isinstance(value, list):
-            raise bad_schedule(f"`{where}` must be a list")
-        return _listed(Block, value, where)
-    if hint is int:
-        if isinstance(value, bool) or not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63:
-            raise bad_schedule(f"`{where}` must be a whole number")
-        return value
-    if hint in (bool, str):
-        if not isinstance(value, hint):
-            raise bad_schedule(f"`{where}` must be a {'truth value' if hint is bool else 'text'}")
-        return value
-    if not isinstance(value, dict):
-        raise bad_schedule(f"`{where}` must be an object")
-    return value
+def check_head(document: Any, kind: str, others: Collection[str]) -> None:
+    """What every schedule file begins with. Raises PlanError `bad-schedule`."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise bad_schedule(f'it has no `"format": "{FORMAT}"`')
+    if document.get("version") != VERSION or document.get("kind") != kind:
+        raise bad_schedule(f"only version {VERSION} of kind `{kind}` is read here")
+    known = {"format", "version", "kind", *others}
+    if set(document) != known:
+        raise bad_schedule(f"its fields must be {', '.join(sorted(known))}")

@@ -6,16 +6,17 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeAlias, assert_never
 
 from anabranch.compiler.graph_text import graph_text
-from anabranch.compiler.pipeline import compile_plan
+from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.record import record
-from anabranch.compiler.schedule import schedule_text
+from anabranch.compiler.schedule import Schedule, schedule_text
+from anabranch.compiler.schedule_json import Origin, to_json
 from anabranch.compiler.scheduler import Machine
 from anabranch.compiler.sizes import Sizes
 from anabranch.compiler.verify_schedule import verify_schedule
 from anabranch.dsl.ast import Program
 from anabranch.dsl.check import Target
 from anabranch.dsl.diagnostics import PlanError
-from anabranch.dsl.printer import dump_ast
+from anabranch.dsl.printer import dump_ast, print_plan
 
 Stage: TypeAlias = Literal["ast", "graph", "schedule"]
 
@@ -44,12 +45,30 @@ def show(
         case "graph":
             return graph_text(compiled.graph)
         case "schedule":
-            on = machine or Machine()
-            bounds = compiled.check_bounds(compiled.bounds_on(on, sizes, inputs), on)
-            try:
-                schedule = record(bounds)
-            except PlanError as error:
-                raise PlanError(error.diagnostics, program.source) from None
-            return schedule_text(verify_schedule(schedule, bounds))
+            return schedule_text(_recorded(compiled, machine or Machine(), sizes, inputs))
         case _:
             assert_never(stage)
+
+
+def schedule_of(
+    program: Program,
+    name: str | None = None,
+    functions: Collection[str] = (),
+    *,
+    machine: Machine | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> str:
+    """The static schedule as JSON, in which text counts as its bytes; parameters and errors as for `show`."""
+    compiled = compile_plan(program, name, functions=functions)
+    schedule = _recorded(compiled, machine or Machine(), None, inputs)
+    text = program.source.text or print_plan(program)
+    return to_json(schedule, Origin(text, compiled.graph.main, dict(inputs or {}), tuple(sorted(functions))))
+
+
+def _recorded(compiled: Compiled, machine: Machine, sizes: Sizes | None, inputs: Mapping[str, Any] | None) -> Schedule:
+    bounds = compiled.check_bounds(compiled.bounds_on(machine, sizes, inputs), machine)
+    try:
+        schedule = record(bounds)
+    except PlanError as error:
+        raise PlanError(error.diagnostics, compiled.program.source) from None
+    return verify_schedule(schedule, bounds)

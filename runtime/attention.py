@@ -31,12 +31,16 @@ PADDED_BLOCK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The rows that one thread feeds: tokens first..first+count of `segment`, which already owns their slots."""
+    """The rows that one thread feeds: tokens first..first+count of `segment`, which already owns their slots.
+
+    owner: the thread's number, where that is known
+    """
 
     view: View | None
     segment: Segment
     first: int
     count: int
+    owner: int | None = None
 
 
 @dataclass(slots=True)
@@ -147,6 +151,21 @@ class StepAttention:
             out[rows, call.parts] = part_out
             lse[rows, call.parts] = part_lse
         return merge_states(out, lse)
+
+    def reads(self) -> list[list[tuple[int, int, int]]]:
+        """For each row, the (first slot, how many, shift) of every run of keys that it attends to."""
+        found: list[list[tuple[int, int, int]]] = [[] for _ in range(self.num_rows)]
+        for call in self._calls:
+            for place, extended in enumerate(call.rows.tolist()):
+                row, shift = self._row_of[extended], self._shift_of[extended]
+                slots = call.slots[place] if call.kind == "tails" else call.slots[0]
+                # In a causal call the rows are the newest keys: what comes after a row is hidden from it.
+                left = slots.length - (len(call.rows) - 1 - place if call.kind == "causal" else 0)
+                for first, stop in slots.runs:
+                    if left > 0:
+                        found[row].append((first, min(stop - first, left), shift))
+                    left -= stop - first
+        return found
 
     def _extend(self, row: int, shift: int) -> int:
         key = (row, shift)

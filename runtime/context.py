@@ -8,6 +8,7 @@ from enum import IntEnum
 
 from torch import Tensor
 
+from anabranch.compiler import recording
 from anabranch.runtime.pages import Entry, PagePool, Segment, View
 
 
@@ -42,9 +43,10 @@ class Context:
     position: of the next token to be written; the unfed ones come before it
     role: None before any chat turn, "between" turns, or "assistant" while that turn stands open
     logits: [vocab] of the last token, or None where they are not at hand
+    owner: number of the thread whose context it is; None once it is over, so that nothing more is recorded of it
     """
 
-    __slots__ = ("expect", "logits", "pool", "position", "role", "segment", "unfed", "view")
+    __slots__ = ("expect", "logits", "owner", "pool", "position", "role", "segment", "unfed", "view")
 
     def __init__(self, pool: PagePool, view: View | None, position: int, role: str | None) -> None:
         self.pool = pool
@@ -55,12 +57,21 @@ class Context:
         self.unfed: list[Unfed] = []
         self.logits: Tensor | None = None
         self.expect = 1
+        self.owner: int | None = None
 
     def push(self, token_ids: Iterable[int], row: Row) -> None:
         """Write tokens; they are fed when something needs them."""
         before = len(self.unfed)
         self.unfed.extend(Unfed(token, row) for token in token_ids)
         self.position += len(self.unfed) - before
+        recorder = self.pool.recorder
+        if recorder is not None and self.owner is not None and len(self.unfed) > before:
+            ids = tuple(unfed.token for unfed in self.unfed[before:])
+            if row is Row.DECODE:
+                for token in ids:
+                    recorder.note(recording.Token(self.owner, token))
+            else:
+                recorder.note(recording.Write(self.owner, ids))
 
     def take(self, count: int) -> tuple[list[Unfed], Segment, int]:
         """The next `count` unfed tokens, given slots of the open segment: (tokens, segment, index of the first)."""
@@ -68,6 +79,8 @@ class Context:
         if self.segment is None:
             start = self.position - len(self.unfed)
             self.segment = Segment(self.pool, start, expect=self.expect)
+            if self.pool.recorder is not None and self.owner is not None:
+                self.pool.recorder.note(recording.Open(self.segment.number, self.owner, start))
         del self.unfed[:count]
         slots = self.segment.append([u.token for u in fed])
         self.logits = None
@@ -79,6 +92,7 @@ class Context:
             raise ValueError(f"only {len(self.unfed)} tokens are unfed, not {count}")
         del self.unfed[len(self.unfed) - count :]
         self.position -= count
+        self._note_trim(count)
 
     def trim(self, count: int) -> list[int]:
         """Take the last `count` fed tokens of the open segment back out; returns their ids."""
@@ -86,9 +100,24 @@ class Context:
         if segment is None or count > segment.length or self.unfed:
             raise ValueError(f"{count} tokens cannot be taken back")
         ids = segment.ids[segment.length - count :]
+        self._note_trim(count)
         segment.trim(segment.length - count)
         self.position -= count
         return ids
+
+    def lose(self) -> None:
+        """The open segment is emptied: its tokens are to be fed again."""
+        if self.segment is not None:
+            if self.pool.recorder is not None and self.owner is not None:
+                self.pool.recorder.note(recording.Lose(self.owner))
+            self.unfed[:0] = [Unfed(token, Row.RECOMPUTE) for token in self.segment.empty()]
+
+    def pages_for(self, count: int) -> int:
+        """Pages that it takes beside those at hand to feed `count` tokens."""
+        size = self.pool.page_size
+        if self.segment is None:
+            return -(-count // size)
+        return max(0, -(-(self.segment.length + count) // size) - len(self.segment.pages))
 
     def seal(self) -> View | None:
         """Close the open segment into the view, and return the view. Nothing may be unfed."""
@@ -122,6 +151,10 @@ class Context:
             self.view = None
         self.unfed.clear()
         self.logits = None
+
+    def _note_trim(self, count: int) -> None:
+        if self.pool.recorder is not None and self.owner is not None and count:
+            self.pool.recorder.note(recording.Trim(self.owner, count))
 
     def _link(self, entries: Sequence[Entry]) -> None:
         old = self.view

@@ -8,32 +8,35 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from anabranch.compiler import recording
 from anabranch.compiler.bounds import Bounds, steps_bound
 from anabranch.compiler.graph import Graph
 from anabranch.compiler.pipeline import Compiled, compile_plan
-from anabranch.compiler.scheduler import Machine, Scheduler, Step, Thread
+from anabranch.compiler.scheduler import Machine, Policy, Scheduler, Step, Thread
 from anabranch.compiler.sizes import ModelSizes
 from anabranch.dsl.ast import Program
 from anabranch.dsl.check import Target
 from anabranch.dsl.diagnostics import Span
 from anabranch.dsl.parse import parse_text
+from anabranch.dsl.printer import print_plan
 from anabranch.dsl.spec import Value
 from anabranch.dsl.values import EvaluationError
 from anabranch.kernels.sample import draw, logprob
 from anabranch.runtime.attention import Block, StepAttention
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context, Row
-from anabranch.runtime.events import BranchEnded, Event, LogitsRow, RunEnded, Status, TextDelta
+from anabranch.runtime.events import BranchEnded, Event, LogitsRow, Path, RunEnded, Status, TextDelta
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.joins import Ended
 from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.pages import Entry, KvStore, PagePool, Segment, View
-from anabranch.runtime.tasks import BranchStopped, Draw, Feed, ForkState, Rows, Score, Spawn, Task, child_names
+from anabranch.runtime.recorder import Recorder
+from anabranch.runtime.tasks import BranchStopped, Draw, Feed, ForkState, Reserve, Rows, Score, Spawn, Task, child_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,9 @@ class EngineConfig:
     deterministic: joins close by tokens decoded, not by time, and deadlines are refused
     trace_logits: keep the logits that each token was drawn from (tests; a row is as large as the vocabulary)
     prefix_cache: keep the pages of finished prompts for later runs
+    preempt: what becomes of a thread that started on expected need when the pool runs out: its keys and values go to
+        host memory and come back bit for bit (`swap`), or are computed again from its tokens (`recompute`). Under
+        `never` a thread starts only when its worst case is reserved, and lanes may stand empty
     """
 
     lanes: int = 64
@@ -56,6 +62,7 @@ class EngineConfig:
     deterministic: bool = False
     trace_logits: bool = False
     prefix_cache: bool = True
+    preempt: Literal["swap", "recompute", "never"] = "swap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,8 @@ class Run:
         self.events: list[Event] = []
         self.logits: list[LogitsRow] = []
         self.root: Task | None = None
-        self.started_s = time.monotonic()
+        self.started_s = engine.clock()
+        self.number = 0
         self.last_step = -1
         self.result: RunResult | None = None
 
@@ -148,6 +156,7 @@ class Run:
 
     def drop(self, context: Context) -> None:
         """Let go of a context; sampled tokens that nothing needed are counted as never fed."""
+        context.owner = None
         self.forget(context)
         context.drop()
 
@@ -185,8 +194,19 @@ class _Work:
 class Engine:
     """Runs plans on one model. Several streams, and several threads, may share it: their runs share its batch."""
 
-    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        policy: Policy | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """policy: who gets a lane, and who is preempted
+        recorder: writes down what is done, as a schedule that can be verified
+        """
         self.model = model
+        self.policy = policy
         self.config = config or EngineConfig()
         decoder = model.decoder
         shape = decoder.config
@@ -203,14 +223,23 @@ class Engine:
             pages = max(64, self.config.pool_bytes // page_bytes)
         self.machine = Machine(self.config.lanes, pages, self.config.page_size, self.config.chunk)
         self.pool = PagePool(pages, self.config.page_size)
+        self.recorder = recorder
+        if recorder is not None:
+            recorder.attach(self.machine, deterministic=self.config.deterministic)
+            self.pool.recorder = recorder
+        # A simulator has a clock of its own. Seconds, from any start.
+        self.clock: Callable[[], float] = time.monotonic
+        self.sleep: Callable[[float], None] = time.sleep
         self.store = KvStore(self.pool, shape.num_layers, shape.num_kv_heads, shape.head_dim, decoder.dtype)
         self.tokenizer = model.tokenizer
         self.chat = model.chat
         self.constraints = Constraints(model.tokenizer)
         self.sizes = ModelSizes(model.tokenizer, model.chat)
         self.max_context = shape.max_context
-        self.scheduler = Scheduler(self.machine)
+        self.scheduler = self._new_scheduler()
         self.num_steps = 0
+        self.num_preempted = 0
+        self._num_threads = 0
         self._tasks: dict[Thread, Task] = {}
         self._forks: dict[Any, ForkState] = {}
         self._work: dict[Thread, _Work] = {}
@@ -386,8 +415,60 @@ class Engine:
             if self._runs and not self._wait():
                 raise RuntimeError("nothing can run and plans are left: the scheduler is stuck")
             return bool(self._runs)
-        self._execute(step)
+        fits = self._make_room(step)
+        if fits is not None:
+            self._execute(fits)
         return bool(self._runs)
+
+    def _make_room(self, step: Step) -> Step | None:
+        """The step, once the pool holds what it writes; guests are preempted for that. None if none of it is left."""
+        rows = sum(count for _, count in step.feeds) + 2 * (len(step.feeds) + len(step.draws))
+        if self._num_free() >= rows:
+            return step
+        wanted = {thread: self._pages_for(self._work[thread], count) for thread, count in step.feeds}
+        for thread in step.draws:
+            context = self._work[thread].queue[0]
+            wanted[thread] = context.pages_for(len(context.unfed))
+        while self._num_free() < sum(wanted.values()):
+            thread = self.scheduler.victim()
+            self._preempt(thread)
+            wanted.pop(thread, None)
+        feeds = tuple((thread, count) for thread, count in step.feeds if thread in wanted)
+        draws = tuple(thread for thread in step.draws if thread in wanted)
+        return Step(feeds, draws, step.repeat) if feeds or draws else None
+
+    def _num_free(self) -> int:
+        """Pages that nobody holds, or the prefix cache alone."""
+        return self.machine.pages - self.pool.used + self.pool.idle
+
+    def _pages_for(self, work: _Work, count: int) -> int:
+        return sum(context.pages_for(rows) for context, rows in self._portions(work, count))
+
+    def _preempt(self, thread: Thread) -> None:
+        """A guest gives its pages up."""
+        task, work = self._tasks[thread], self._work.get(thread)
+        context = task.context
+        feed = thread.feed
+        if context.segment is not None and context.segment.pages:
+            # Options that are being scored are half fed, and fed again they would be scored twice.
+            if self.config.preempt == "swap" or (work is not None and work.score is not None):
+                context.segment.swap_out(self.store)
+            else:
+                context.lose()
+                if work is not None:
+                    feed = len(context.unfed)
+        self.scheduler.preempt(thread, feed=feed)
+        self.num_preempted += 1
+
+    def _bring_back(self, task: Task) -> None:
+        """A thread that was parked, or preempted, has its reservation now."""
+        segment = task.context.segment
+        if segment is not None and segment.swapped is not None:
+            while self._num_free() * self.machine.page_size < segment.length:
+                self._preempt(self.scheduler.victim())
+            segment.swap_in(self.store)
+        if isinstance(task.request, Reserve):
+            self._resume(task, None)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -426,14 +507,33 @@ class Engine:
             run.result = RunResult(None, "failed", reason, (), dict(run.counts), tuple(run.events), tuple(run.logits))
         for held in (self._runs, self._batch, self._tasks, self._forks, self._work, self._deadlines):
             held.clear()
-        self.scheduler = Scheduler(self.machine)
+        if self.recorder is not None:
+            self.recorder.give_up(reason)
+        self.scheduler = self._new_scheduler()
         self.pool = PagePool(self.machine.pages, self.machine.page_size)
+
+    def _new_scheduler(self) -> Scheduler:
+        room = None if self.config.preempt == "never" else self._room
+        return Scheduler(self.machine, self.policy, room)
+
+    def _room(self) -> int:
+        """Pages that are free, less those that guests are still expected to take."""
+        taken = self.pool.used - self.pool.idle
+        for thread in self.scheduler.guests:
+            held = self._tasks[thread].context.num_pages() if thread in self._tasks else 0
+            taken += max(0, self.scheduler.policy.expects(thread.need) - held)
+        return self.machine.pages - taken
 
     def _open(self, run: Run) -> None:
         graph = run.graph
         plan = graph.plans[graph.main]
         child = run.bounds.root()
-        context = self._empty_context()
+        if self.recorder is not None:
+            program = run.compiled.program
+            text = program.source.text or print_plan(program)
+            inputs, functions = dict(run.inputs), tuple(sorted(run.functions))
+            run.number = self.recorder.add_run(recording.Source(text, plan.name, inputs, run.seed, functions))
+        context = self._empty_context(self._begin(run, (), None, 0, fresh=True))
         names = {param: run.inputs[param] for param in plan.params}
         run.root = Task(self, run, (), context, plan.region, names, budget=plan.limits.budget, plan=plan.name)
         thread = self.scheduler.open(child)
@@ -442,8 +542,18 @@ class Engine:
         self._runs.append(run)
         self._batch.append(run.bounds)
 
-    def _empty_context(self) -> Context:
+    def _begin(self, run: Run, path: Path, fork: ForkState | None, index: int, *, fresh: bool) -> int:
+        """The number of a thread that starts now."""
+        number = self._num_threads
+        self._num_threads += 1
+        if self.recorder is not None:
+            parent, node = (None, None) if fork is None else (fork.parent.number, fork.node)
+            self.recorder.note(recording.Begin(number, run.number, path, parent, node, index, fresh))
+        return number
+
+    def _empty_context(self, owner: int) -> Context:
         context = Context(self.pool, None, 0, None)
+        context.owner = owner
         if self.tokenizer.bos_id is not None:
             context.push([self.tokenizer.bos_id], Row.PREFILL)
         return context
@@ -465,6 +575,8 @@ class Engine:
                 elif isinstance(task.request, Spawn):
                     fork = task.request.fork
                     self._resume(task, fork.join.result())
+                else:
+                    self._bring_back(task)
 
     def _make_child(self, thread: Thread) -> Task:
         fork = self._forks[thread.group]
@@ -480,11 +592,14 @@ class Engine:
         branch = fork.branch(index)
         suffix = f"~{attempt}" if attempt else ""
         path = (*parent.here, f"{fork.site}[{branch.key}]{suffix}")
-        if fork.limits.fresh or branch.limits.fresh:
-            context = self._empty_context()
+        fresh = fork.limits.fresh or branch.limits.fresh
+        number = self._begin(parent.run, path, fork, index, fresh=fresh)
+        if fresh:
+            context = self._empty_context(number)
         else:
             outer = parent.context
             context = Context(self.pool, outer.view, outer.position, outer.role)
+            context.owner = number
             context.logits = outer.logits
             parent.run.counts["tokens_aliased"] += outer.view.total_tokens if outer.view is not None else 0
         names = dict(branch.names) if fork.callee is not None else child_names(parent.names, branch.names)
@@ -530,6 +645,9 @@ class Engine:
         match request:
             case Spawn(fork):
                 self._spawn(task, fork)
+            case Reserve():
+                if self.scheduler.promote(thread):
+                    self._resume(task, None)
             case Draw():
                 self._match_prefix(task)
                 self._give(task, _Work(task, [context], draw=request), len(context.unfed), request.generation.left)
@@ -571,6 +689,8 @@ class Engine:
         segment.sealed = True
         context.view = View(None, [Entry(segment)])
         segment.drop()
+        if self.recorder is not None and context.owner is not None:
+            self.recorder.note(recording.Adopt(segment.number, context.owner, tuple(segment.ids), tuple(pages)))
         del context.unfed[:count]
         task.base_view = context.view if task.parent is None else task.base_view
         task.run.counts["tokens_cached"] += count
@@ -583,7 +703,7 @@ class Engine:
         fork.scheduled = self.scheduler.fork(task.thread, fork.needs, base=task.num_pages(), limit=fork.limits.limit)
         self._forks[fork.scheduled] = fork
         if fork.limits.deadline_s is not None:
-            fork.deadline = time.monotonic() + fork.limits.deadline_s
+            fork.deadline = self.clock() + fork.limits.deadline_s
             self._deadlines.append(fork)
 
     def _stopped(self, task: Task, status: Status, reason: str) -> None:
@@ -609,6 +729,7 @@ class Engine:
         self._end(task, status, None, reason)
 
     def _leave_run(self, task: Task, status: Status, value: Value, reason: str) -> None:
+        task.note(recording.End(task.number, status))
         task.drop_finished()
         task.run.emit(BranchEnded(task.path, status, "".join(task.text), value, reason, task.spent, task.label))
 
@@ -708,7 +829,7 @@ class Engine:
         shown["pages_peak"] = self.pool.peak
         shown["pages_bound"] = min(self.machine.pages, sum(b.pages_bound(self.machine) for b in self._batch))
         shown["steps_bound"] = steps_bound(self._batch, self.machine)
-        shown["elapsed_s"] = time.monotonic() - run.started_s
+        shown["elapsed_s"] = self.clock() - run.started_s
         run.emit(RunEnded(status, value, reason, shown))
         ends = [e for e in run.events if isinstance(e, BranchEnded)]
         records = tuple(
@@ -722,7 +843,7 @@ class Engine:
             self.pool.peak = self.pool.used - self.pool.idle
 
     def _expire(self) -> None:
-        now = time.monotonic() if self._deadlines else 0.0
+        now = self.clock() if self._deadlines else 0.0
         for fork in list(self._deadlines):
             if fork.deadline is not None and fork.deadline <= now and not fork.closed:
                 fork.parent.critical = max(fork.parent.critical, self._close(fork, "late"))
@@ -734,13 +855,14 @@ class Engine:
         if not self._deadlines:
             return False
         soonest = min(fork.deadline for fork in self._deadlines if fork.deadline is not None)
-        time.sleep(max(0.0, soonest - time.monotonic()))
+        self.sleep(max(0.0, soonest - self.clock()))
         return True
 
     def _execute(self, step: Step) -> None:
         """Feed the step's rows, sample, and let every task that is done go on."""
         blocks: list[Block] = []
         owners: list[Run] = []
+        kinds: list[recording.Kinds] = []
         tokens: list[int] = []
         wanted: list[int] = []
         takers: list[tuple[_Work, Context, bool]] = []
@@ -749,7 +871,7 @@ class Engine:
             work = self._work[thread]
             last = count == thread.feed
             for context, rows in self._portions(work, count):
-                self._feed(work, context, rows, blocks, tokens)
+                kinds.append(self._feed(work, context, rows, blocks, tokens))
                 owners.append(work.task.run)
                 final = not context.unfed
                 if work.score is not None:
@@ -763,7 +885,7 @@ class Engine:
             work = self._work[thread]
             context = work.queue[0]
             if context.unfed:
-                self._feed(work, context, len(context.unfed), blocks, tokens)
+                kinds.append(self._feed(work, context, len(context.unfed), blocks, tokens))
                 owners.append(work.task.run)
                 wanted.append(len(tokens) - 1)
                 takers.append((work, context, True))
@@ -773,8 +895,11 @@ class Engine:
         for work, context in ready:
             assert context.logits is not None
             sampling.append((work, context, context.logits))
+        attention = self._attention(blocks)
+        if self.recorder is not None:
+            self._record_call(step, blocks, kinds, attention)
         if blocks:
-            logits = self._forward(blocks, owners, tokens, wanted)
+            logits = self._forward(attention, blocks, owners, tokens, wanted)
             for row, (work, context, draws) in enumerate(takers):
                 if work.score is not None:
                     work.scored.append(logits[row])
@@ -812,21 +937,57 @@ class Engine:
             count -= rows - rides
         return portions
 
-    def _feed(self, work: _Work, context: Context, count: int, blocks: list[Block], tokens: list[int]) -> None:
+    def _feed(
+        self, work: _Work, context: Context, count: int, blocks: list[Block], tokens: list[int]
+    ) -> recording.Kinds:
+        """Take rows of a context into the step; returns their kinds."""
         fed, segment, first = context.take(count)
-        blocks.append(Block(context.view, segment, first, count))
+        blocks.append(Block(context.view, segment, first, count, context.owner))
         rows = work.task.run.rows
+        kinds: list[tuple[str, int]] = []
         for unfed in fed:
             tokens.append(unfed.token)
             row = Row.FLUSH if work.flush and unfed.row is Row.DECODE else unfed.row
             rows[row] += 1
+            kind = row.name.lower()
+            if kinds and kinds[-1][0] == kind:
+                kinds[-1] = (kind, kinds[-1][1] + 1)
+            else:
+                kinds.append((kind, 1))
+        return tuple(kinds)
+
+    def _attention(self, blocks: Sequence[Block]) -> StepAttention:
+        return StepAttention(self.store, self.model.decoder.config, blocks, self.model.decoder.dtype)
+
+    def _record_call(
+        self, step: Step, blocks: Sequence[Block], kinds: Sequence[recording.Kinds], attention: StepAttention
+    ) -> None:
+        assert self.recorder is not None
+        seats = dict.fromkeys(self._work[t].task.number for t in (*(t for t, _ in step.feeds), *step.draws))
+        reads = iter(attention.reads())
+        noted = tuple(
+            recording.Block(
+                -1 if block.owner is None else block.owner,
+                block.segment.number,
+                block.first,
+                block.segment.start + block.first,
+                kind,
+                tuple(tuple(next(reads)) for _ in range(block.count)),
+            )
+            for block, kind in zip(blocks, kinds, strict=True)
+        )
+        self.recorder.note(recording.Call(tuple(seats), noted))
 
     def _forward(
-        self, blocks: Sequence[Block], owners: Sequence[Run], tokens: Sequence[int], wanted: Sequence[int]
+        self,
+        attention: StepAttention,
+        blocks: Sequence[Block],
+        owners: Sequence[Run],
+        tokens: Sequence[int],
+        wanted: Sequence[int],
     ) -> Tensor:
         """Logits of the `wanted` rows. The one place where the model is called, and where its rows are counted."""
         decoder = self.model.decoder
-        attention = StepAttention(self.store, decoder.config, blocks, decoder.dtype)
         if attention.num_rows != len(tokens):
             raise RuntimeError(f"{len(tokens)} tokens for {attention.num_rows} rows")
         for run, block in zip(owners, blocks, strict=True):

@@ -178,8 +178,10 @@ class JoinState:
 
     def _fails(self, ok: tuple[int, ...], what: str) -> JoinResult:
         reasons: list[str] = []
+        # Those that counted, and not those that chance to have ended: what is said must not depend on time either.
+        counted = {ended.index: ended for ended in self._counted}
         for index in range(self.width):
-            ended = self.ended.get(index)
+            ended = counted.get(index)
             if ended is None or ended.status != "ok":
                 status = "did not end" if ended is None else ended.status
                 why = f": {ended.reason}" if ended is not None and ended.reason else ""

@@ -12,10 +12,14 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from anabranch.compiler import recording
+from anabranch.runtime.recorder import Recorder
 
 
 class PagePool:
@@ -36,6 +40,8 @@ class PagePool:
         self.used = 0
         self.idle = 0
         self.peak = 0
+        self.num_segments = 0
+        self.recorder: Recorder | None = None
         self.cache = PrefixCache(self)
 
     def allocate(self, after: int | None = None, expect: int = 1) -> int:
@@ -88,6 +94,8 @@ class PagePool:
         if self.ref_count[page] == 1:
             self.idle += 1 if cached else -1
         self._cached[page] = cached
+        if self.recorder is not None:
+            self.recorder.note(recording.Cache(page) if cached else recording.Uncache(page))
 
     def unhint(self, first: int, last: int) -> None:
         """The pages first..last (exclusive) are no longer kept for a segment that could have grown into them."""
@@ -137,10 +145,14 @@ class PagePool:
 class Segment:
     """Append-only tokens of one thread, from position `start` on; `length` counts those whose K and V are written."""
 
-    __slots__ = ("expect", "ids", "length", "pages", "pool", "reach", "ref_count", "sealed", "start")
+    __slots__ = (
+        "expect", "ids", "length", "number", "pages", "pool", "reach", "ref_count", "sealed", "start", "swapped",
+    )  # fmt: skip
 
     def __init__(self, pool: PagePool, start: int, *, expect: int = 1, pages: Sequence[int] = ()) -> None:
         self.pool = pool
+        self.number = pool.num_segments
+        pool.num_segments += 1
         self.start = start
         self.pages: list[int] = list(pages)
         self.length = 0
@@ -149,6 +161,8 @@ class Segment:
         self.expect = expect
         self.reach = 0
         self.ids: list[int] = []
+        # What KvStore.save gave, while the pages are somebody else's.
+        self.swapped: Saved | None = None
 
     def append(self, token_ids: Sequence[int]) -> range:
         """Take slots for `token_ids`; returns their indices in the segment. The caller writes K and V there."""
@@ -164,6 +178,7 @@ class Segment:
             else:
                 self.pages.append(self.pool.allocate(None, self.expect))
                 self.reach = self.pages[0] + self.expect
+            self._note(recording.Page(self.number, self.pages[-1]))
         return range(first, self.length)
 
     def trim(self, length: int) -> None:
@@ -175,12 +190,15 @@ class Segment:
         self.length = length
         del self.ids[length:]
         keep = -(-length // self.pool.page_size)
-        self.pool.release(self.pages[keep:])
-        del self.pages[keep:]
+        if len(self.pages) > keep:
+            self._note(recording.Shrink(self.number, len(self.pages) - keep))
+            self.pool.release(self.pages[keep:])
+            del self.pages[keep:]
 
     def seal(self) -> None:
         """No more tokens; pages kept for growth are given up."""
         self.sealed = True
+        self._note(recording.Seal(self.number))
         self._settle()
 
     def drop(self) -> None:
@@ -190,8 +208,41 @@ class Segment:
         self.ref_count -= 1
         if self.ref_count == 0:
             self._settle()
+            self._note(recording.Free(self.number))
             self.pool.release(self.pages)
             self.pages = []
+
+    def swap_out(self, store: KvStore) -> None:
+        """The content goes to host memory, and the pages go back."""
+        if self.sealed or self.swapped is not None or not self.pages:
+            raise RuntimeError("only an open segment that holds pages is swapped out")
+        self._settle()
+        self.swapped = store.save(self)
+        self._note(recording.SwapOut(self.number))
+        self.pool.release(self.pages)
+        self.pages = []
+
+    def swap_in(self, store: KvStore) -> None:
+        """The content comes back, bit for bit, into pages that may be others."""
+        if self.swapped is None:
+            raise RuntimeError("a segment that was not swapped out is swapped in")
+        count = -(-self.length // self.pool.page_size)
+        for _ in range(count):
+            self.pages.append(self.pool.allocate(self.pages[-1] if self.pages else None, count))
+        self._note(recording.SwapIn(self.number, tuple(self.pages)))
+        store.restore(self, self.swapped)
+        self.swapped = None
+
+    def empty(self) -> list[int]:
+        """Forget every token; returns their ids. The pages go back."""
+        if self.sealed:
+            raise RuntimeError("a sealed segment is never emptied")
+        ids, self.ids = self.ids, []
+        self._settle()
+        self.length = 0
+        self.pool.release(self.pages)
+        self.pages = []
+        return ids
 
     def slot(self, index: int) -> int:
         """The pool slot of token `index`."""
@@ -216,6 +267,10 @@ class Segment:
             first, stop = page * size, page * size + count
         if stop >= 0:
             yield first, stop
+
+    def _note(self, step: recording.Step) -> None:
+        if self.pool.recorder is not None:
+            self.pool.recorder.note(step)
 
     def _settle(self) -> None:
         if self.reach:
@@ -358,6 +413,10 @@ class PrefixCache:
             yield key
 
 
+Saved: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Keys and values of a segment's tokens, layer by layer: each [num_kv_heads, num_tokens, head_dim]."""
+
+
 class KvStore:
     """The keys and values behind the pool's slots, one pair of tensors a layer.
 
@@ -372,3 +431,18 @@ class KvStore:
         plain = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
         self.k: list[Tensor] = [torch.from_numpy(np.zeros(shape, dtype=plain)) for _ in range(num_layers)]
         self.v: list[Tensor] = [torch.from_numpy(np.zeros(shape, dtype=plain)) for _ in range(num_layers)]
+
+    def save(self, segment: Segment) -> Saved:
+        """A copy of what `segment` holds, in host memory."""
+        slots = self._slots(segment)
+        return [(k[:, slots], v[:, slots]) for k, v in zip(self.k, self.v, strict=True)]
+
+    def restore(self, segment: Segment, saved: Saved) -> None:
+        """Write what `save` gave to the slots that `segment` has now."""
+        slots = self._slots(segment)
+        for k, v, (saved_k, saved_v) in zip(self.k, self.v, saved, strict=True):
+            k[:, slots] = saved_k
+            v[:, slots] = saved_v
+
+    def _slots(self, segment: Segment) -> Tensor:
+        return torch.cat([torch.arange(first, stop) for first, stop in segment.runs()])

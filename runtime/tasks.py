@@ -4,6 +4,7 @@ request = Feed()                 the unfed tokens of the thread's context
         | Rows(contexts)         the unfed tokens of other contexts: the winners of a stitch
         | Score(token ids)       forced continuations, each taken back again
         | Draw(generation, ...)  tokens, until the gen is done
+        | Reserve()              that its worst case is reserved, before it forks
         | Spawn(fork)            branches, until the join closes
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 from torch import Tensor
 
-from anabranch.compiler import graph
+from anabranch.compiler import graph, recording
 from anabranch.compiler.bounds import KEPT_LOGITS
 from anabranch.compiler.scheduler import Fork as ScheduledFork
 from anabranch.compiler.scheduler import Thread
@@ -55,6 +56,10 @@ class BranchStopped(Exception):
         self.status: Status = status
 
 
+class JoinFailed(BranchStopped):
+    """Too few branches were ok, and nothing stands in for them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Feed:
     """Feed what is unfed. `flush`: it is fed only because the segment seals."""
@@ -90,6 +95,11 @@ class Draw:
     wants_logprobs: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Go on only once the thread's worst case is reserved."""
+
+
 @dataclass(slots=True)
 class Spawn:
     """Run the branches of `fork` and answer with its `JoinResult`."""
@@ -97,7 +107,7 @@ class Spawn:
     fork: ForkState
 
 
-Request: TypeAlias = Feed | Rows | Score | Draw | Spawn
+Request: TypeAlias = Feed | Rows | Score | Draw | Reserve | Spawn
 Steps: TypeAlias = Generator[Request, Any, Any]
 
 
@@ -145,6 +155,7 @@ class ForkState:
     depth: int = 0
     critical: int = 0
     base_view: View | None = None
+    node: tuple[str, int] = ("", 0)
 
 
 class Task:
@@ -199,6 +210,8 @@ class Task:
         self.plan = plan
         self.charged = 0
         self.attempt = 0
+        self.number = context.owner if context.owner is not None else 0
+        self.node: tuple[str, int] | None = None
         self.own_names: set[str] = set(names) if parent is None else set(own_names)
         self.generated: set[str] = set(generated)
 
@@ -220,6 +233,17 @@ class Task:
 
     def emit(self, event: Event) -> None:
         self.run.emit(event)
+
+    def note(self, step: recording.Step) -> None:
+        """Write down what this thread does, where the engine is recorded."""
+        if self.engine.recorder is not None:
+            self.engine.recorder.note(step)
+
+    def _enter(self, dst: int) -> tuple[str, int]:
+        """The thread comes to a node."""
+        self.node = (self.plan, dst)
+        self.note(recording.Enter(self.number, self.node))
+        return self.node
 
     def start(self, branch: Branch | None) -> None:
         """Begin to walk the region."""
@@ -252,6 +276,8 @@ class Task:
 
     def _region(self, region: graph.Region) -> Generator[Request, Any, Returned | None]:
         for node in region.nodes:
+            if not isinstance(node, graph.Let | graph.Need | graph.Return):
+                here = self._enter(node.dst)
             match node:
                 case graph.Write():
                     start = self.context.position
@@ -271,6 +297,7 @@ class Task:
                     outer = self.rounds
                     for number in range(node.rounds):
                         self.rounds = (*outer, f"{node.site}[{number}]")
+                        self.note(recording.Round(self.number, here, number))
                         returned = yield from self._region(node.region)
                         if returned is not None:
                             return returned
@@ -278,7 +305,9 @@ class Task:
                             break
                     self.rounds = outer
                 case graph.Cond():
-                    arm = node.then if self._evaluate(node.cond) else node.orelse
+                    holds = bool(self._evaluate(node.cond))
+                    arm = node.then if holds else node.orelse
+                    self.note(recording.Arm(self.number, here, -1 if arm is None else 0 if holds else 1))
                     if arm is not None:
                         returned = yield from self._region(arm)
                         if returned is not None:
@@ -533,17 +562,18 @@ class Task:
     def _settle(self, generation: Generation) -> None:
         """Make the context hold what the gen keeps.
 
-        Before: every drawn token but the last is fed, the last is unfed, and the logits are those it was drawn from.
+        Before: every drawn token but the last is fed. The last is unfed, and the logits are those it was drawn from;
+        or, where no token was allowed after it, it is fed too.
         """
         context = self.context
         drawn, kept = generation.drawn, generation.kept
         if kept < drawn:
-            logits = context.logits
-            context.discard(1)
-            self.run.counts["tokens_unfed"] += 1
+            logits, unfed = context.logits, len(context.unfed)
+            context.discard(unfed)
+            self.run.counts["tokens_unfed"] += unfed
             self.run.counts["tokens_trimmed"] += drawn - kept - (generation.done == "end_of_turn")
-            if kept < drawn - 1:
-                context.trim(drawn - 1 - kept)
+            if kept < drawn - unfed:
+                context.trim(drawn - unfed - kept)
                 logits = None
             context.logits = logits
         if generation.replacement:
@@ -608,6 +638,8 @@ class Task:
             raise BranchStopped("`reduce` of nothing")
         self._open_assistant()
         started = 0
+        # The fallback stands for the value of the whole, and not for what one level yields.
+        level = replace(node.limits, fallback=None)
         while len(values) > 1:
             groups = [values[i : i + node.by] for i in range(0, len(values), node.by)]
             run = [i for i, group in enumerate(groups) if len(group) > 1]
@@ -623,12 +655,16 @@ class Task:
                 key = str(first + index)
                 return Branch(key, None, node.region, names, None, False, node.limits, shares[index], (node.item,))
 
-            merged = yield from self._run_branches(
-                node.site, [None] * len(run), branch, JoinSpec(), node.limits, needs, fresh=node.limits.fresh
-            )
+            try:
+                merged = yield from self._run_branches(
+                    node.site, [None] * len(run), branch, JoinSpec(), level, needs, fresh=level.fresh
+                )
+            except JoinFailed:
+                if node.limits.fallback is None:
+                    raise
+                self._bind(node.name, self._evaluate(node.limits.fallback))
+                return
             started += len(run)
-            if len(merged) < len(run):
-                raise BranchStopped("a group of `reduce` did not come out")
             values = [group[0] for group in groups]
             for place, value in zip(run, merged, strict=True):
                 values[place] = value
@@ -694,6 +730,8 @@ class Task:
         callee: str | None = None,
     ) -> Generator[Request, Any, Value]:
         context = self.context
+        if self.thread is not None and self.thread.guest:
+            yield Reserve()
         self._open_assistant()
         if not fresh:
             if self.held_space:
@@ -717,6 +755,9 @@ class Task:
         state.base_view = context.view
         state.callee = callee
         self.joining = state
+        assert self.node is not None
+        state.node = self.node
+        self.note(recording.Forked(self.number, state.node, len(labels)))
         result: JoinResult
         if labels:
             result = yield Spawn(state)
@@ -736,6 +777,8 @@ class Task:
     def _join(self, state: ForkState, result: JoinResult) -> Generator[Request, Any, Value]:
         spec = state.join.spec
         winners = [state.finished[i] for i in result.winners]
+        failed = bool(result.failed)
+        self.note(recording.Joined(self.number, state.node, result.ok, () if failed else result.winners, failed))
         if not result.failed and spec.context == "stitch" and winners:
             yield from self._stitch(state, winners)
         elif not result.failed and spec.context == "text":
@@ -753,7 +796,7 @@ class Task:
             ended = state.join.ended[0]
             raise BranchStopped(f"`{state.callee}` {ended.status}: {ended.reason}")
         if state.limits.fallback is None:
-            raise BranchStopped(f"{state.site}: {result.failed}")
+            raise JoinFailed(f"{state.site}: {result.failed}")
         return self._evaluate(state.limits.fallback)
 
     def _stitch(self, state: ForkState, winners: list[Task]) -> Generator[Request, Any, None]:
@@ -778,6 +821,7 @@ class Task:
                 end = max(end, task.context.position)
             self.text.extend(task.text)
         self.run.counts["tokens_aliased"] += sum(e.segment.length for e in entries)
+        self.note(recording.Stitch(self.number, tuple(task.number for task in winners)))
         if entries:
             context.alias(entries, end)
             context.logits = logits

@@ -6,13 +6,13 @@ from functools import cache
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import Case, cases
 
 from anabranch.runtime.engine import Engine, EngineConfig
 from anabranch.runtime.model import Decoder
 from anabranch.runtime.models import LoadedModel, load
 from anabranch.runtime.random_model import random_weights
 from anabranch.runtime.reference import check_run
+from anabranch.testing import Plan, plans
 
 
 @cache
@@ -32,14 +32,14 @@ def windowed(window: int) -> tuple[LoadedModel, dict[str, torch.Tensor]]:
     report_multiple_bugs=False,
 )  # fmt: skip
 @given(
-    cases(), st.sampled_from([1, 3, 8]), st.sampled_from([4, 16]), st.sampled_from([2, 64]), st.sampled_from([3, 11])
+    plans(), st.sampled_from([1, 3, 8]), st.sampled_from([4, 16]), st.sampled_from([2, 64]), st.sampled_from([3, 11])
 )
-def test_a_sliding_window_hides_what_is_far(case: Case, lanes: int, page_size: int, chunk: int, window: int) -> None:
+def test_a_sliding_window_hides_what_is_far(plan: Plan, lanes: int, page_size: int, chunk: int, window: int) -> None:
     """Whole calls, single rows and shifted segments each hide exactly the keys that are too far away."""
     model, weights = windowed(window)
     config = EngineConfig(lanes=lanes, pages=2048, page_size=page_size, chunk=chunk, trace_logits=True)
-    result = Engine(model, config).run(case.program, [case.inputs])[0]
+    result = Engine(model, config).run(plan.program, [plan.inputs], functions=plan.functions)[0]
     check_run(
-        case.program, None, case.inputs, result.events, model.tokenizer, model.chat, model.decoder.config, weights,
+        plan.program, None, plan.inputs, result.events, model.tokenizer, model.chat, model.decoder.config, weights,
         result.logits, tolerance=1e-9,
     )  # fmt: skip

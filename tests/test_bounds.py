@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from strategies import Case, cases
 
 from anabranch.compiler.amounts import CAP, Amount, after_rounds, most, symbol
 from anabranch.compiler.bounds import Bounds, reduce_groups
@@ -23,6 +22,7 @@ from anabranch.compiler.scheduler import Machine, Need
 from anabranch.compiler.sizes import ByteSizes
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.parse import parse_text
+from anabranch.testing import Plan, plans
 
 NO_SHRINK = [Phase.explicit, Phase.generate]  # a failing plan is small already, and shrinking takes minutes
 
@@ -305,13 +305,13 @@ def test_either_holds_both_arms() -> None:
 # --- against the schedule
 
 
-@given(cases())
+@given(plans())
 @settings(max_examples=150, deadline=None, derandomize=True, phases=NO_SHRINK, suppress_health_check=list(HealthCheck))
-def test_bounds_hold_of_the_recorded_worst_case(case: Case) -> None:
+def test_bounds_hold_of_the_recorded_worst_case(plan: Plan) -> None:
     """What the clock records, loops multiplied out and the larger arm taken, is within the bounds; without conditions,
     budgets and retries it is them."""
-    compiled = compile_plan(case.program, start_token=True)
-    bounds = compiled.bounds_on(Machine(lanes=64, pages=10**6), None, case.inputs)
+    compiled = plan.compiled
+    bounds = compiled.bounds_on(Machine(lanes=64, pages=10**6), None, plan.inputs)
     steps = record(bounds).steps
     drawn, fed, flushed = _counts(steps)
     assume(not bounds.budget_binds)

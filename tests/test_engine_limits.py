@@ -129,3 +129,17 @@ def test_a_wide_quorum_closes(deterministic: bool) -> None:
     result = one(engine(deterministic=deterministic).run(plan))
     assert result.value == 1
     assert sum(b.status == "ok" for b in result.branches) >= 500
+
+
+@pytest.mark.parametrize("items", [["a", "b"], ["a", "b", "c", "d"]])
+def test_the_fallback_of_a_reduce_stands_for_its_value(items: list[str]) -> None:
+    """A level that fails ends the reduce with its fallback, which is of the items' type and no list of them."""
+    plan = """
+    p = plan(xs: list(4, text(4))) {
+      r = reduce(g: xs, by=2, fallback="none") { need(false); return("a"); };
+      return(r);
+    }
+    """
+    found = engine()
+    assert one(found.run(plan, {"xs": items})).value == "none"
+    assert_idle(found)

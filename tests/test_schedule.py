@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
-from strategies import Case, cases
 
 from anabranch.compiler.bounds import Bounds
 from anabranch.compiler.cost import CPU, predict_seconds
@@ -35,6 +34,7 @@ from anabranch.compiler.verify_graph import VerifyError
 from anabranch.compiler.verify_schedule import verify_schedule
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.parse import parse_text
+from anabranch.testing import Plan, plans
 
 NO_SHRINK = [Phase.explicit, Phase.generate]  # a failing plan is small already, and shrinking takes minutes
 
@@ -110,12 +110,12 @@ def test_loops_and_arms_are_recorded_once() -> None:
     assert len(choice.arms) == 2 and any(isinstance(step, Alias) for step in choice.arms[1])
 
 
-@given(cases())
+@given(plans())
 @settings(max_examples=150, deadline=None, derandomize=True, phases=NO_SHRINK, suppress_health_check=list(HealthCheck))
-def test_schedules_of_any_plan_verify(case: Case) -> None:
+def test_schedules_of_any_plan_verify(plan: Plan) -> None:
     """On a wide machine, and on the smallest pool with few lanes, every plan's schedule passes and keeps its bounds."""
-    compiled = compile_plan(case.program, start_token=True)
-    wide = compiled.bounds_on(Machine(lanes=64, pages=10**6, page_size=4), None, case.inputs)
+    compiled = plan.compiled
+    wide = compiled.bounds_on(Machine(lanes=64, pages=10**6, page_size=4), None, plan.inputs)
     schedule = verify_schedule(record(wide), wide)
     if not _waits(schedule) and not wide.budget_binds:
         assert schedule.calls <= wide.steps_bound(wide.machine)
@@ -123,17 +123,17 @@ def test_schedules_of_any_plan_verify(case: Case) -> None:
         assert schedule.pages_peak <= wide.pages_full_width
     for lanes in (1, 3):
         machine = Machine(lanes=lanes, pages=max(1, wide.pages_depth_first), page_size=4, chunk=8)
-        tight = compiled.bounds_on(machine, None, case.inputs)
+        tight = compiled.bounds_on(machine, None, plan.inputs)
         assert tight.pages_depth_first == wide.pages_depth_first
         verify_schedule(record(tight), tight)
 
 
-@given(cases())
+@given(plans())
 @settings(max_examples=60, deadline=None, derandomize=True, phases=NO_SHRINK, suppress_health_check=list(HealthCheck))
-def test_steps_bound_holds_on_few_lanes(case: Case) -> None:
+def test_steps_bound_holds_on_few_lanes(plan: Plan) -> None:
     """With pages to spare, a schedule on two lanes and a small chunk is within the bound on steps."""
     machine = Machine(lanes=2, pages=10**6, page_size=4, chunk=6)
-    bounds = compile_plan(case.program, start_token=True).bounds_on(machine, None, case.inputs)
+    bounds = plan.compiled.bounds_on(machine, None, plan.inputs)
     schedule = record(bounds)
     assume(not _waits(schedule) and not bounds.budget_binds)
     assert schedule.calls <= bounds.steps_bound(machine)

@@ -28,6 +28,14 @@ class Dtype(StrEnum):
     FLOAT64 = "float64"
 
 
+class Preempt(StrEnum):
+    """What becomes of a thread that must give up its pages."""
+
+    SWAP = "swap"
+    RECOMPUTE = "recompute"
+    NEVER = "never"
+
+
 class Template(StrEnum):
     """Which chat template stands around the turns."""
 
@@ -112,12 +120,32 @@ def show(
     stage: Annotated[Stage, typer.Option("--stage", help="Which form of the plan.")] = Stage.GRAPH,
     plan: Plan = None,
     functions: Functions = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="With `--stage schedule`: one JSON document, which `verify` reads.")
+    ] = False,
 ) -> None:
     """Print a plan's syntax, graph or schedule."""
     with reporting():
         from anabranch.cli.show import show_stage
 
-        show_stage(file, stage.value, plan, functions)
+        show_stage(file, stage.value, plan, functions, as_json=json)
+
+
+@app.command()
+def verify(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A schedule, as `run --schedule` writes it.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Of the run: hold pages and calls against their bounds too."),
+    ] = None,
+    template: Annotated[Template | None, typer.Option("--template", help="raw: the run used no chat template.")] = None,
+    json: Json = False,
+) -> None:
+    """Replay a schedule without a model, and check each step of it."""
+    with reporting():
+        from anabranch.cli.verify import verify_file
+
+        verify_file(file, model, template.value if template else None, as_json=json)
 
 
 @app.command()
@@ -175,12 +203,20 @@ def run(
     pages: Pages = None,
     page_size: PageSize = 16,
     chunk: Chunk = 512,
+    preempt: Annotated[
+        Preempt,
+        typer.Option("--preempt", help="When pages run out: swap to host memory, recompute, or reserve worst cases."),
+    ] = Preempt.SWAP,
     model: Model = "smollm2",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What to compute in.")] = Dtype.FLOAT32,
     template: Annotated[
         Template | None, typer.Option("--template", help="raw: no chat template. The model's own by default.")
     ] = None,
     functions: Functions = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", metavar="FILE", help="Write down what was done, for `verify`.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check what was done, as `verify` does.")] = False,
     json: Json = False,
 ) -> None:
     """Run a plan, showing its branches while they decode."""
@@ -197,10 +233,13 @@ def run(
             pages=pages,
             page_size=page_size,
             chunk=chunk,
+            preempt=preempt.value,
             model=model,
             dtype=dtype.value,
             template=template.value if template else None,
             functions=functions,
+            schedule=schedule,
+            verify=verify,
             as_json=json,
         )
         run_file(file, settings)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
-from anabranch.cli.errors import FAILED, fail, report
+from anabranch.cli.errors import FAILED, report
+from anabranch.cli.files import write_whole
 from anabranch.cli.text import printable
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.parse import read_source
@@ -52,25 +51,5 @@ def _format_file(file: str, *, write: bool, diff: bool) -> bool:
         ):
             typer.echo(printable(line))
     if changed and write:
-        replace_file(file, text)
+        write_whole(file, text.encode())
     return changed
-
-
-def replace_file(file: str, text: str) -> None:
-    """Put `text` in place of what `file` holds, whole or not at all; a link stays a link. Raises PlanError."""
-    target = Path(os.path.realpath(file))
-    scratch = ""
-    try:
-        handle, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(scratch, target.stat().st_mode & 0o7777)
-        os.replace(scratch, target)
-    except OSError as error:
-        fail("unwritable-file", f"`{file}` can't be written: {error.strerror or error}", "it is as it was")
-    finally:
-        # After the rename there is nothing of that name.
-        if scratch and os.path.exists(scratch):
-            os.unlink(scratch)

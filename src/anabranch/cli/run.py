@@ -5,21 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import typer
 
 from anabranch.cli.errors import FAILED
+from anabranch.cli.files import check_writable, write_whole
 from anabranch.cli.inputs import read_inputs
 from anabranch.cli.live import Lines, LiveTree, Silent, View
 from anabranch.cli.sources import chosen_plan, host_functions, read_program
 from anabranch.cli.text import printable, write_json
+from anabranch.cli.verify import fault_of
+from anabranch.cli.verify import summary as summary_of_schedule
+from anabranch.compiler.recording import Recording, to_json
+from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
 from anabranch.dsl.values import render
 from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult
 from anabranch.runtime.events import BranchStarted, Event
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.models import load
+from anabranch.runtime.recorder import Recorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +41,13 @@ class Settings:
     pages: int | None
     page_size: int
     chunk: int
+    preempt: Literal["swap", "recompute", "never"]
     model: str
     dtype: str
     template: str | None
     functions: str | None
+    schedule: str | None
+    verify: bool
     as_json: bool
 
 
@@ -52,6 +61,9 @@ def run_file(file: str, settings: Settings) -> None:
     plan = chosen_plan(program, settings.plan)
     functions = host_functions(settings.functions)
     given = read_inputs(plan, settings.inputs, settings.inputs_file)
+    if settings.schedule is not None:
+        check_writable(settings.schedule)
+    recorder = Recorder() if settings.verify or settings.schedule is not None else None
     model = load(settings.model, dtype=getattr(torch, settings.dtype), template=settings.template)
     engine = Engine(
         model,
@@ -61,7 +73,9 @@ def run_file(file: str, settings: Settings) -> None:
             page_size=settings.page_size,
             chunk=settings.chunk,
             deterministic=settings.deterministic,
+            preempt=settings.preempt,
         ),
+        recorder=recorder,
     )
     compiled = engine.compile(program, plan.name, tuple(functions))
     for warning in compiled.warnings:
@@ -91,10 +105,25 @@ def run_file(file: str, settings: Settings) -> None:
         write_json(documents if settings.inputs_file is not None else documents[0])
     else:
         _print(results)
+    if recorder is not None:
+        _keep(recorder.recording(), settings, engine)
     if stopped.is_set():
         typer.echo("interrupted: this is what was finished", err=True)
     if stopped.is_set() or any(result.status != "ok" for result in results):
         raise typer.Exit(FAILED)
+
+
+def _keep(recording: Recording, settings: Settings, engine: Engine) -> None:
+    """Write the recorded schedule, and verify it, as the settings say. Raises PlanError."""
+    if settings.schedule is not None:
+        write_whole(settings.schedule, to_json(recording).encode("utf-8", "surrogatepass"))
+    if settings.verify:
+        try:
+            report = verify_recording(recording, sizes=engine.sizes)
+        except ScheduleFault as fault:
+            fault_of(fault)
+        else:
+            typer.echo(summary_of_schedule(report), err=True)
 
 
 def as_json(result: RunResult) -> dict[str, Any]:

@@ -1,24 +1,22 @@
-"""Plans as Hypothesis draws them: valid, small enough for the random test model, and varied in what they join.
+"""Plans as Hypothesis draws them: valid, small, printable, and varied in what they hold.
 
-    cases()            plans with their inputs
-    classify(program)  what a plan holds: a stitch of several branches, nested forks, a way to fail or be cancelled
-
-Every plan passes the checker and prints as plan text. Widths are 1 to 4, `max` 1 to 6, forks nest at most three deep,
-and `fuel` bounds the tokens of a plan in the worst case, so that one dense forward pass over its run stays cheap.
+Every plan passes the checker and prints as plan text. Widths are 0 to 4, `max` is 1 to 16, forks nest at most three
+deep, and `fuel` bounds the tokens of a plan in the worst case, so that one dense forward pass over its run stays cheap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from hypothesis import strategies as st
 
 from anabranch.dsl import ast
-from anabranch.dsl.ast import Apply, Arg, Binary, Bool, Expr, Float, Index, Int, List, Name, Option, Str
-from anabranch.dsl.printer import print_plan
+from anabranch.dsl.ast import Apply, Arg, Binary, Bool, Expr, Field, Float, Index, Int, List, Name, Option, Str
 from anabranch.dsl.spec import Value
+from anabranch.testing._plan import Plan
 
 Kind: TypeAlias = Literal["text", "word", "int", "float", "bool", "texts", "words", "ints", "floats", "bools", "other"]
 """What is known of a value: `word` is a text of a fixed form; plurals are lists; `other` can be interpolated alone."""
@@ -29,105 +27,74 @@ _ITEM_OF: dict[Kind, Kind] = {many: one for one, many in _LIST_OF.items()}
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Case:
-    """A plan file (the last plan is the one to run) and inputs for it."""
+def plans(*, fuel: int = 90, max_depth: int = 3, deadlines: bool = True) -> st.SearchStrategy[Plan]:
+    """Plans with inputs and host functions: every statement, every join, nested, a few failures and cancellations.
 
-    program: ast.Program
-    inputs: dict[str, Value]
-
-    def __repr__(self) -> str:
-        return f"inputs = {self.inputs!r}\n{print_plan(self.program)}"
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """How Hypothesis shows a failing example."""
-        printer.text(repr(self))
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What a plan's text holds. Whether it comes to pass is for the run's events to say."""
-
-    stitches_several: bool
-    nests_forks: bool
-    may_fail: bool
+    fuel: most tokens that a plan decodes in the worst case, roughly
+    max_depth: how deep forks nest, a call of a plan not counted
+    deadlines: whether forks may have one; a deterministic engine refuses such plans
+    """
+    return _plans(fuel, max_depth, deadlines)
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, fuel: int = 90, max_depth: int = 3) -> Case:
-    """Plans with inputs. fuel: most tokens that a plan decodes in the worst case, roughly."""
-    maker = _Maker(draw, fuel, max_depth)
-    plans = []
+def _plans(draw: st.DrawFn, fuel: int, max_depth: int, deadlines: bool) -> Plan:
+    maker = _Maker(draw, fuel, max_depth, deadlines)
+    found = []
     if maker.chance(25):
-        plans.append(maker.helper())
-    plans.append(maker.main())
-    return Case(ast.Program(tuple(plans)), maker.inputs())
+        found.append(maker.helper())
+    found.append(maker.main())
+    functions = {name: FUNCTIONS[name] for name in sorted(maker.called)}
+    return Plan(ast.Program(tuple(found)), maker.inputs(), functions)
 
 
-def classify(program: ast.Program) -> Traits:
-    """The traits of the last plan of `program` and of those it calls."""
-    joins = [stmt for plan in program.plans for stmt in _walk(plan.body) if isinstance(stmt, _FORKS)]
-    return Traits(
-        stitches_several=any(_stitches_several(stmt) for stmt in joins),
-        nests_forks=any(isinstance(inner, _FORKS) for stmt in joins for body in _bodies(stmt) for inner in _walk(body)),
-        may_fail=any(_may_fail(stmt) for plan in program.plans for stmt in _walk(plan.body)),
-    )
+def _half(n: int) -> int:
+    if n % 2:
+        raise ValueError(f"{n} is odd")
+    return n // 2
 
 
-_FORKS = (ast.Fork, ast.Branches, ast.Map)
+def _first(text: str) -> str:
+    if not text:
+        raise IndexError("an empty text has no first character")
+    return text[0]
 
 
-def _bodies(stmt: ast.Stmt) -> tuple[ast.Block, ...]:
-    match stmt:
-        case ast.Fork(body=body) | ast.Map(body=body) | ast.Reduce(body=body) | ast.Loop(body=body):
-            return (body,)
-        case ast.Branches(branches=branches):
-            return tuple(branch.body for branch in branches)
-        case ast.If(then=then, orelse=orelse):
-            return (then,) if orelse is None else (then, orelse)
-        case _:
-            return ()
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {"half": _half, "first_of": _first}
+"""The host functions of generated plans: each is pure, and raises for some arguments."""
 
 
-def _walk(block: ast.Block) -> Iterator[ast.Stmt]:
-    for stmt in block.stmts:
-        yield stmt
-        for body in _bodies(stmt):
-            yield from _walk(body)
+@cache
+def _below(count: int) -> st.SearchStrategy[int]:
+    return st.integers(0, count - 1)
 
 
-def _width(stmt: ast.Stmt) -> int:
-    match stmt:
-        case ast.Fork(width=Int(value=width)):
-            return width
-        case ast.Branches(branches=branches):
-            return len(branches)
-        case _:
-            return 2  # known at run time alone
+_INPUT_WORDS = st.text(st.sampled_from("ab é1.\n#{"), max_size=5)
 
 
-def _stitches_several(stmt: ast.Fork | ast.Branches | ast.Map) -> bool:
-    join = stmt.join
-    if join is None or join.context is None or join.context.kind != "stitch" or _width(stmt) < 2:
-        return False
-    value = join.value
-    if value is None or value.kind == "all":
-        return True
-    return value.kind == "first" and value.count != Int(1)
+@st.composite
+def _statement(draw: st.DrawFn, maker: _Maker, block: _Block) -> None:
+    """One statement, as a unit that shrinking can take out whole."""
+    maker.statement(block, draw(_below(100)))
 
 
-def _may_fail(stmt: ast.Stmt) -> bool:
-    match stmt:
-        case ast.Need():
-            return True
-        case (
-            ast.Fork(join=ast.Join(value=value))
-            | ast.Branches(join=ast.Join(value=value))
-            | ast.Map(join=ast.Join(value=value))
-        ):
-            return value is not None and value.kind in ("first", "quorum")
-        case _:
-            return False
+@st.composite
+def _branch(draw: st.DrawFn, write: Callable[[int], None]) -> None:
+    """One branch of several, as such a unit."""
+    write(draw(_below(100)))
+
+
+@dataclass
+class _Frame:
+    """What the blocks of one thread have in common.
+
+    may_return: whether a `return` may stand before the end; returned: whether one does
+    continues: whether at each of those there was something to go on from
+    """
+
+    may_return: bool = False
+    returned: bool = False
+    continues: bool = True
 
 
 @dataclass
@@ -135,6 +102,7 @@ class _Block:
     """A block while it is written.
 
     names: what may be read here; own: what this block itself has bound
+    fields: of the records among the names, field by field
     continues: whether a gen without a prompt has something to go on from
     inside: product of the widths and rounds around the block
     depth: forks around it; budgeted: whether a budget is set around it
@@ -147,11 +115,17 @@ class _Block:
     depth: int
     budgeted: bool = False
     chat: bool = False
+    frame: _Frame = field(default_factory=_Frame)
+    fields: dict[str, dict[str, Kind]] = field(default_factory=dict)
     stmts: list[ast.Stmt] = field(default_factory=list)
     own: dict[str, Kind] = field(default_factory=dict)
 
     def add(self, stmt: ast.Stmt) -> None:
         self.stmts.append(stmt)
+
+    def arm(self) -> _Block:
+        """A block inside this one, of the same thread."""
+        return replace(self, names=dict(self.names), fields=dict(self.fields), stmts=[], own={})
 
     def bind(self, name: str, kind: Kind) -> None:
         self.names[name] = kind
@@ -164,26 +138,34 @@ class _Block:
 class _Maker:
     """Writes one plan file; every choice is drawn."""
 
-    def __init__(self, draw: st.DrawFn, fuel: int, max_depth: int) -> None:
+    def __init__(self, draw: st.DrawFn, fuel: int, max_depth: int, deadlines: bool) -> None:
         self.draw = draw
         self.fuel = fuel
         self.max_depth = max_depth
+        self.deadlines = deadlines
         self.num_names = 0
-        self.helpers: list[ast.PlanDef] = []
+        self.helpers: dict[str, Kind] = {}
+        self.inherits_max = False
+        self.called: set[str] = set()
 
     # --- choices; the first of a list is the simplest, to which a failing example shrinks
 
     def chance(self, percent: int) -> bool:
-        return self.draw(st.integers(0, 99)) >= 100 - percent
+        return self.draw(_below(100)) >= 100 - percent
 
     def pick(self, options: Sequence[T]) -> T:
-        return self.draw(st.sampled_from(options))
+        return options[self.draw(_below(len(options)))] if len(options) > 1 else options[0]
 
     def weighted(self, options: Sequence[tuple[int, T]]) -> T:
-        return self.pick([option for weight, option in options for _ in range(weight)])
+        left = self.draw(_below(sum(weight for weight, _ in options)))
+        for weight, option in options:
+            if left < weight:
+                return option
+            left -= weight
+        raise AssertionError("the weights were summed otherwise")
 
     def number(self, least: int, most: int) -> int:
-        return self.draw(st.integers(least, max(least, most)))
+        return least + self.draw(_below(most - least + 1)) if most > least else least
 
     def name(self) -> str:
         self.num_names += 1
@@ -195,20 +177,27 @@ class _Maker:
     # --- plans
 
     def inputs(self) -> dict[str, Value]:
-        words = st.text(st.sampled_from("ab é1.\n#{"), max_size=5)
         return {
-            "q": self.draw(words),
-            "n": self.number(1, 3),
-            "xs": self.draw(st.lists(words, min_size=self.pick([2, 1]), max_size=3)),
+            "q": self.draw(_INPUT_WORDS),
+            "n": self.pick([2, 1, 3, 0]),
+            "xs": [self.draw(_INPUT_WORDS) for _ in range(self.pick([2, 1, 3]))],
         }
 
     def helper(self) -> ast.PlanDef:
-        """A small plan that others call."""
-        block = _Block({"a": "text"}, False, 2, 2)
+        """A small plan that others call, and that may call itself."""
+        depth = 2 if self.chance(40) else 0
+        block = _Block({"a": "text"}, False, 6 if depth else 2, 2)
+        if depth:
+            self.gen(block)
+            again = block.arm()
+            name = self.name()
+            again.add(ast.Call(name, "aid", (Arg(None, self.text(again)),), ()))
+            block.add(ast.If(self.test(block), again.done(), None))
         self.statements(block, 1, 2)
-        plan = ast.PlanDef("aid", (ast.Param("a", _call("text", Int(12))),), (), self.ended(block)[0])
-        self.helpers.append(plan)
-        return plan
+        body, kind = self.ended(block)
+        options = (Option("depth", Int(depth)),) if depth else ()
+        self.helpers["aid"] = kind
+        return ast.PlanDef("aid", (ast.Param("a", _call("text", Int(12))),), options, body)
 
     def main(self) -> ast.PlanDef:
         block = _Block({"q": "text", "n": "int", "xs": "texts"}, False, 1, 0)
@@ -221,6 +210,11 @@ class _Maker:
         if self.chance(8):
             options.append(Option("budget", Int(self.number(1, 40))))
             block.budgeted = True
+        if self.chance(8):
+            options.append(Option("max", Int(self.number(1, 4))))
+            self.inherits_max = True
+        if self.chance(6):
+            options.append(Option("temperature", Float(0.5)))
         if self.chance(50):
             block.add(ast.Write("user", self.text(block)))
             block.continues = block.chat = True
@@ -233,9 +227,12 @@ class _Maker:
 
     def ended(self, block: _Block) -> tuple[ast.Block, Kind]:
         """The block with or without a `return`, and the kind of its value."""
-        if not block.stmts:
+        if not block.stmts and not self.chance(25):
             self.text_statement(block)
         known = [(name, kind) for name, kind in block.own.items() if kind != "other"]
+        if block.frame.returned:
+            # What a thread yields is of one type, wherever it returns.
+            known = [(name, kind) for name, kind in known if kind == "text"]
         if known and self.chance(70):
             name, kind = self.pick(known)
             block.add(ast.Return(Name(name)))
@@ -245,23 +242,31 @@ class _Maker:
     # --- statements
 
     def statements(self, block: _Block, least: int, most: int) -> None:
-        for _ in range(self.number(least, most)):
-            self.statement(block)
+        self.draw(st.lists(_statement(self, block), min_size=least, max_size=most))
 
-    def statement(self, block: _Block) -> None:
+    def statement(self, block: _Block, roll: int) -> None:
+        """roll: 0 to 99, which statement it is; 0 is the simplest."""
+        # A roll means the same whatever stands around it, so that taking something out before it changes nothing
+        # here: what may not stand in this place is replaced by a gen.
         may_fork = block.depth < self.max_depth and block.inside <= 6 and self.fuel > 0
-        options: list[tuple[int, Callable[[_Block], None]]] = [(5, self.gen), (3, self.text_statement), (1, self.let)]
-        if may_fork:
-            options += [(7, self.forking), (2, self.reduce)]
-        if block.inside <= 6 and self.fuel > 0:
-            options += [(1, self.loop), (2, self.condition)]
-        if block.depth:
-            options.append((1, self.need))
-        if block.chat:
-            options.append((1, self.turn))
-        if self.helpers and may_fork:
-            options.append((2, self.call))
-        self.weighted(options)(block)
+        may_nest = block.inside <= 6 and self.fuel > 0
+        options: list[tuple[int, bool, Callable[[_Block], None]]] = [
+            (12, True, self.text_statement),
+            (20, True, self.gen),
+            (4, True, self.let),
+            (4, block.depth > 0, self.need),
+            (4, block.chat, self.turn),
+            (8, may_nest, self.condition),
+            (4, may_nest, self.loop),
+            (28, may_fork, self.forking),
+            (8, may_fork, self.reduce),
+            (8, may_fork and bool(self.helpers), self.call),
+        ]
+        for weight, may, write in options:
+            if roll < weight:
+                (write if may else self.gen)(block)
+                return
+            roll -= weight
 
     def text_statement(self, block: _Block) -> None:
         block.add(ast.Write("text", self.text(block)))
@@ -287,16 +292,21 @@ class _Maker:
         return Str(tuple(parts))
 
     def gen(self, block: _Block) -> None:
-        name = self.name()
-        kind, options = self.typed()
+        name = None if self.chance(8) else self.name()
+        kind, fields, options = self.typed(block)
         prompt = None if block.continues and self.chance(45) else self.text(block)
         self.spend(block, options)
+        if self.inherits_max and kind == "text" and self.chance(50):
+            options = [option for option in options if option.name != "max"]
         block.add(ast.Gen(name, prompt, tuple(options)))
-        block.bind(name, kind)
+        if name is not None:
+            block.bind(name, kind)
+            if fields:
+                block.fields[name] = fields
         block.continues = True
 
-    def typed(self) -> tuple[Kind, list[Option]]:
-        """A gen's kind and its options."""
+    def typed(self, block: _Block) -> tuple[Kind, dict[str, Kind], list[Option]]:
+        """A gen's kind, the fields of its value where that is a record, and its options."""
         form = self.weighted(
             [
                 (8, "text"),
@@ -307,8 +317,11 @@ class _Maker:
                 (2, "lines"),
                 (1, "regex"),
                 (1, "logprob"),
+                # Its masks are the costly ones.
+                (1 if block.inside <= 3 else 0, "json"),
             ]
         )
+        fields: dict[str, Kind] = {}
         options: list[Option] = []
         kind: Kind = "text"
         least, most = 1, 5
@@ -337,6 +350,10 @@ class _Maker:
             case "regex":
                 kind, least = "word", 3
                 options.append(Option("type", _call("regex", Str(("[ab]{1,3}",)))))
+            case "json":
+                schema, kind, fields, least = self.pick(_SCHEMAS)
+                most = least + 4
+                options.append(Option("type", _call("json", Str((schema,)))))
         options.append(Option("max", Int(self.number(least, max(least, most)))))
         if self.chance(25):
             options.append(Option("temperature", self.pick([Int(0), Float(0.7), Int(3)])))
@@ -350,7 +367,9 @@ class _Maker:
             )
         if self.chance(5):
             options.append(Option("seed", Int(7)))
-        return kind, options
+        if self.chance(6):
+            options.append(Option("logprobs", Int(self.number(0, 2))))
+        return kind, fields, options
 
     def text_options(self, options: list[Option]) -> None:
         if self.chance(25):
@@ -377,7 +396,20 @@ class _Maker:
         for items in self.of_kind(block, *_ITEM_OF):
             forms.append((_call("len", Name(items)), "int"))
             forms.append((Index(Name(items), Int(0)), _ITEM_OF[block.names[items]]))
+        for record, fields in block.fields.items():
+            forms += [(Field(Name(record), label), kind) for label, kind in fields.items()]
+        if self.chance(20):
+            numbers, texts = self.of_kind(block, "int"), self.of_kind(block, "text")
+            if texts:
+                forms = [
+                    (_call("lines", Name(self.pick(texts))), "other"),
+                    (_call("first_of", Name(texts[-1])), "other"),
+                ]
+            elif numbers:
+                forms = [(_call("half", Name(self.pick(numbers))), "other")]
         value, kind = self.pick(forms)
+        if isinstance(value, Apply) and value.function in FUNCTIONS:
+            self.called.add(value.function)
         block.add(ast.Let(name, value))
         block.bind(name, kind)
 
@@ -394,6 +426,7 @@ class _Maker:
                     forms.append(Binary("==", Name(name), Str(("yes",))))
                 case "text":
                     forms.append(Binary("!=", Name(name), Str(("e",))))
+                    forms.append(_call("matches", Name(name), Str(("[a-m]*",))))
                 case "texts" | "words":
                     forms.append(Binary("<", _call("len", Name(name)), Int(2)))
                     forms.append(_call("in", Str(("a",)), Name(name)))
@@ -412,16 +445,20 @@ class _Maker:
     def condition(self, block: _Block) -> None:
         arms = []
         for _ in range(2 if self.chance(50) else 1):
-            arm = replace(block, names=dict(block.names), stmts=[], own={})
+            arm = block.arm()
             self.statements(arm, 1, 2)
             arms.append(arm)
+        if block.frame.may_return and self.chance(15):
+            arms[-1].add(ast.Return(Str(("early",))))
+            block.frame.returned = True
+            block.frame.continues = block.frame.continues and arms[-1].continues
         block.add(ast.If(self.test(block), arms[0].done(), arms[1].done() if len(arms) == 2 else None))
         block.continues = block.continues and all(arm.continues for arm in arms)
 
     def loop(self, block: _Block) -> None:
         rounds = self.number(1, 3)
-        body = replace(block, continues=False, inside=block.inside * rounds, stmts=[], own={})
-        body.names = dict(block.names)
+        body = block.arm()
+        body.continues, body.inside = False, block.inside * rounds
         self.statements(body, 1, 2)
         again = self.of_kind(block, "int")
         carried = [name for name in again if name in block.own]
@@ -448,6 +485,7 @@ class _Maker:
             depth=block.depth + 1,
             budgeted=block.budgeted or "budget" in written,
             chat=block.chat and not fresh,
+            fields=dict(block.fields),
         )
 
     def width(self, block: _Block) -> int:
@@ -464,15 +502,16 @@ class _Maker:
         index = self.name() if self.chance(30) else None
         if index is not None:
             child.names[index] = "int"
-        self.body(child)
         join, key = self.join(width, fresh=fresh, several=not dynamic, outer=block.depth == 0)
+        child.frame.may_return = key is None
+        self.body(child)
         self.ensure_key(child, key)
         body, kind = self.ended(child)
         yields = self.yields(join, kind, child, labelled=False)
         options += self.fallback(yields)
         if dynamic:
             options.append(Option("upto", Int(3)))
-        name = self.name()
+        name = self.bound_name(join)
         size: Expr = Name("n") if dynamic and "n" in block.names else Int(width)
         if dynamic and "n" not in block.names:
             options = [option for option in options if option.name != "upto"]
@@ -484,16 +523,23 @@ class _Maker:
         fresh, options = self.fork_options(block, width)
         join, key = self.join(width, fresh=fresh, several=True, outer=block.depth == 0)
         share = self.weighted([(2, False), (1, True)])
-        written = []
-        children = []
-        kinds = []
-        for _ in range(width):
-            child = self.child(block, width, options)
+        written: list[ast.Branch] = []
+        children: list[_Block] = []
+        kinds: list[Kind] = []
+
+        def write(roll: int) -> None:
+            own = [Option("retry", Int(1))] if roll >= 88 else []
+            if not block.budgeted and "budget" not in {option.name for option in options} and self.chance(4):
+                own.append(Option("budget", Int(self.number(1, 6))))
+            if (join is None or join.context is None or join.context.kind != "stitch") and self.chance(4):
+                own.append(Option("fresh", Bool(True)))
+            child = self.child(block, width, [*options, *own])
             prompt = self.text(child) if self.chance(60) else None
-            if prompt is not None:
-                child.continues = True
+            child.continues = child.continues or prompt is not None
+            child.frame.may_return = key is None
             children.append(child)
-            self.body(child)
+            if key is not None or not self.chance(4):
+                self.body(child)
             if key is not None:
                 self.ensure_key(child, key)
                 child.add(ast.Return(Name(key)))
@@ -504,12 +550,17 @@ class _Maker:
             else:
                 body, kind = self.ended(child)
             kinds.append(kind)
-            options_here = (Option("retry", Int(1)),) if self.chance(12) else ()
-            written.append(ast.Branch(self.name(), prompt, options_here, body))
+            written.append(ast.Branch(self.name(), prompt, tuple(own), body))
+
+        for _ in range(width):
+            self.draw(_branch(write))
+        labels = [branch.label for branch in written if branch.label is not None]
         kind = kinds[0] if len(set(kinds)) == 1 else "other"
-        yields = self.yields(join, kind, child, labelled=True)
+        yields = self.yields(join, kind, children[-1], labelled=True)
         options += self.fallback(yields)
-        name = self.name()
+        name = self.bound_name(join)
+        if name is not None and (join is None or join.value is None or join.value.kind == "all"):
+            block.fields[name] = dict(zip(labels, kinds, strict=True))
         block.add(ast.Branches(name, tuple(options), tuple(written), join))
         self.joined(block, name, yields, join, width, children, options)
 
@@ -531,7 +582,6 @@ class _Maker:
         index = self.name() if self.chance(25) else None
         if index is not None:
             child.names[index] = "int"
-        self.body(child)
         # How many items there are is not known, so that no count above one may be asked for.
         join, key = self.join(
             1 if isinstance(over, Name) else width,
@@ -539,13 +589,20 @@ class _Maker:
             several=not isinstance(over, Name),
             outer=block.depth == 0,
         )
+        child.frame.may_return = key is None
+        self.body(child)
         self.ensure_key(child, key)
         body, kind = self.ended(child)
         yields = self.yields(join, kind, child, labelled=False)
         options += self.fallback(yields)
-        name = self.name()
+        name = self.bound_name(join)
         block.add(ast.Map(name, index, item, over, tuple(options), body, join))
         self.joined(block, name, yields, join, width, [child], options)
+
+    def bound_name(self, join: ast.Join | None) -> str | None:
+        """A fork without a name is of use for its context alone."""
+        keeps = join is not None and join.context is not None and join.context.kind != "drop"
+        return None if keeps and self.chance(10) else self.name()
 
     def body(self, child: _Block) -> None:
         self.statements(child, 1, 2 if child.depth > 1 else 3)
@@ -562,7 +619,13 @@ class _Maker:
             options.append(Option("budget", Int(self.number(width, 6 * width))))
         if self.chance(12):
             options.append(Option("retry", Int(self.number(1, 2))))
+        options += self.deadline(6)
         return fresh, options
+
+    def deadline(self, percent: int) -> list[Option]:
+        if not self.deadlines or not self.chance(percent):
+            return []
+        return [Option("deadline", Str((self.pick(["5s", "1s", "20s", "3m"]),)))]
 
     def join(self, width: int, *, fresh: bool, several: bool, outer: bool) -> tuple[ast.Join | None, str | None]:
         """A join, and the key that its branches must bind (None where it has none).
@@ -641,7 +704,7 @@ class _Maker:
     def joined(
         self,
         block: _Block,
-        name: str,
+        name: str | None,
         kind: Kind,
         join: ast.Join | None,
         width: int,
@@ -649,13 +712,16 @@ class _Maker:
         options: Sequence[Option],
     ) -> None:
         has_fallback = any(option.name == "fallback" for option in options)
-        block.bind(name, kind)
+        if name is not None:
+            block.bind(name, kind)
         # After `text` there may be nothing but what stood before, since the branches' text may be empty.
         if join is not None and join.context is not None and join.context.kind == "stitch":
             value = join.value
             picks = value is not None and value.kind in ("vote", "best", "quorum")
             first = value is not None and value.kind == "first" and value.count == Int(1)
-            one = (picks or first or width == 1) and all(child.continues for child in children)
+            one = (picks or first or width == 1) and all(
+                child.continues and child.frame.continues for child in children
+            )
             # With a fallback the context may also be what it was before.
             block.continues = one and (block.continues or not has_fallback)
 
@@ -665,34 +731,59 @@ class _Maker:
             self.gen(block)
             return
         over = self.pick(sources)
-        child = self.child(block, 3)
+        kind = _ITEM_OF[block.names[over]]
+        _, options = self.fork_options(block, 2)
+        options = [option for option in options if option.name != "limit" or self.chance(50)]
+        child = self.child(block, 3, options)
         item = self.name()
         child.names[item] = block.names[over]
         child.add(ast.Write("text", Str(("m: ", Name(item)))))
         child.continues = True
         self.gen(child)
-        merged = next(reversed(child.own))
+        if self.chance(25):
+            self.need(child)
+        merged = next(reversed(child.own), None)
         # The value must be of the items' kind, since it is an item of the next level.
-        if child.own[merged] != _ITEM_OF[block.names[over]]:
-            child.add(ast.Let(self.name(), Index(Name(item), Int(0))))
-            merged = f"x{self.num_names}"
+        if merged is None or child.own[merged] != kind:
+            merged = self.name()
+            child.add(ast.Let(merged, Index(Name(item), Int(0))))
         child.add(ast.Return(Name(merged)))
+        options += [Option("by", Int(self.number(2, 3))), Option("upto", Int(4)), *self.fallback(kind)]
         name = self.name()
-        options = [Option("by", Int(self.number(2, 3))), Option("upto", Int(4))]
         block.add(ast.Reduce(name, item, Name(over), tuple(options), child.done()))
-        block.bind(name, _ITEM_OF[block.names[over]])
+        block.bind(name, kind)
 
     def call(self, block: _Block) -> None:
-        plan = self.pick(self.helpers)
+        plan = self.pick(list(self.helpers))
+        kind = self.helpers[plan]
         name = self.name()
         options: list[Option] = []
         if self.chance(30):
             options.append(Option("fresh", Bool(True)))
         if self.chance(15):
             options.append(Option("retry", Int(1)))
+        if not block.budgeted and self.chance(10):
+            options.append(Option("budget", Int(self.number(1, 12))))
+        options += self.deadline(8)
+        options += self.fallback(kind)
         self.fuel -= 10 * block.inside
-        block.add(ast.Call(name, plan.name, (Arg(None, self.text(block)),), tuple(options)))
-        block.bind(name, "other")
+        block.add(ast.Call(name, plan, (Arg(None, self.text(block)),), tuple(options)))
+        block.bind(name, kind)
+
+
+_SCHEMAS: tuple[tuple[str, Kind, dict[str, Kind], int], ...] = (
+    ('{"type": "integer"}', "int", {}, 2),
+    ('{"enum": ["a", "b"]}', "word", {}, 4),
+    (
+        '{"type": "object", "properties": {"a": {"type": "integer"}}, '
+        '"required": ["a"], "additionalProperties": false}',
+        "other",
+        {"a": "int"},
+        10,
+    ),
+    ('{"type": "array", "items": {"type": "integer"}, "maxItems": 3}', "ints", {}, 5),
+)
+"""Schemas with the kind of their values, the fields of records, and tokens that are enough for one."""
 
 
 def _context(word: str) -> Any:
