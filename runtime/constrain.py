@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, assert_never
+from functools import wraps
+from typing import Any, Protocol, TypeVar, assert_never, cast
 
 import llguidance
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.dsl.diagnostics import Diagnostic, PlanError
-from anabranch.dsl.patterns import parser_limits
+from anabranch.dsl.patterns import EnginePanic, panics_told, parser_limits
 from anabranch.dsl.spec import (
     BoolType,
     ChoiceType,
@@ -112,6 +113,23 @@ class AutomatonConstraint:
         return _value_starts(data, self._held_space, self._value.matches)
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _no_panic(method: _Method) -> _Method:
+    """A panic in llguidance is a ConstraintError: the gen fails, and not the engine with all that it runs."""
+
+    @wraps(method)
+    def guarded(*args: Any, **options: Any) -> Any:
+        try:
+            with panics_told():
+                return method(*args, **options)
+        except EnginePanic as error:
+            raise ConstraintError(str(error)) from None
+
+    return cast(_Method, guarded)
+
+
 class MatcherConstraint:
     """A walk through an llguidance grammar.
 
@@ -125,6 +143,7 @@ class MatcherConstraint:
     value: the grammar of the value alone
     """
 
+    @_no_panic
     def __init__(self, vocabulary: Vocabulary, grammar: str, value: str, *, held_space: bool, is_json: bool) -> None:
         self._vocabulary = vocabulary
         self._value_grammar = value
@@ -144,6 +163,7 @@ class MatcherConstraint:
     def complete(self) -> bool:
         return not self._matcher.is_error() and self._matcher.is_stopped()
 
+    @_no_panic
     def mask(self, left: int) -> Tensor:
         if self._way:
             return torch.from_numpy(pack(self._way[:1], self._vocabulary.size))
@@ -224,6 +244,7 @@ class MatcherConstraint:
         lengths = self._vocabulary.lengths * bits[: self._vocabulary.size]
         return int(lengths.argmax()) if lengths.any() else None
 
+    @_no_panic
     def advance(self, token: int) -> None:
         if self._matcher.try_consume_tokens([token]) != 1:
             if self._matcher.is_error():
@@ -233,6 +254,7 @@ class MatcherConstraint:
         if self._way:
             self._way = self._way[1:] if self._way[0] == token else []
 
+    @_no_panic
     def value_starts(self, data: bytes) -> int | None:
         def matches(part: bytes) -> bool:
             matcher = _matcher(self._vocabulary, self._value_grammar)

@@ -26,7 +26,7 @@ from anabranch.dsl.ast import Apply, Expr, Float, Int, Option, Str, names_in
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.options import check_sampling
 from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
-from anabranch.dsl.values import EvaluationError, evaluate, parts, render
+from anabranch.dsl.values import EvaluationError, checked, evaluate, parts, render
 from anabranch.runtime.context import Context, Row
 from anabranch.runtime.events import BranchStarted, Event, GenEnded, HostCalled, Joined, Path, Status
 from anabranch.runtime.generation import Generation, choice_encodings, read_value, recorded_ids
@@ -336,12 +336,20 @@ class Task:
         target = self.run.functions.get(function)
         if target is None:
             raise EvaluationError(f"no function `{function}` was registered")
+        reason = ""
         try:
-            value = target(*args)
-        except (Exception, SystemExit) as error:
-            reason = " ".join(f"`{function}` raised {type(error).__name__}: {error}".split())
+            # Copies both ways: what the host changes or keeps is not the plan's, and what it returned stays as it was.
+            own = [checked(arg, "an argument") for arg in args]
+            value = checked(target(*own), f"what `{function}` returned")
+        except EvaluationError as error:
+            reason = error.reason
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also SystemExit, GeneratorExit, and what no `str` can be had of
+            reason = " ".join(f"`{function}` raised {type(error).__name__}: {_said(error)}".split())
+        if reason:
             self.emit(HostCalled(self.here, function, None, reason))
-            raise EvaluationError(reason) from error
+            raise EvaluationError(reason)
         self.emit(HostCalled(self.here, function, value))
         return value
 
@@ -826,6 +834,14 @@ class Task:
             context.alias(entries, end)
             context.logits = logits
         self.run.check_position(end)
+
+
+def _said(error: BaseException) -> str:
+    """What an exception of the host's says, of which a run keeps a bounded part."""
+    try:
+        return str(error)[:500]
+    except Exception:
+        return "it cannot be shown"
 
 
 def _all_of(items: list[Value]) -> bool:
