@@ -37,7 +37,8 @@ from anabranch.compiler.graph import (
 from anabranch.dsl import ast
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.spec import ChoiceType, FloatType, IntType, JoinSpec, Limits
-from anabranch.dsl.values import MAX_TEXT, EvaluationError, render
+from anabranch.dsl.types import MAX_PARTS
+from anabranch.dsl.values import MAX_NESTING, MAX_TEXT, EvaluationError, render
 
 Role: TypeAlias = Literal["user", "system", "assistant"]
 
@@ -207,6 +208,22 @@ class _Value:
     fields: Mapping[str, _Value] | None = None
     number: bool = False
     known: tuple[Any, ...] = ()
+    parts: int = field(init=False, compare=False, repr=False, default=1)
+    nesting: int = field(init=False, compare=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        inner = [] if self.item is None else [self.item]
+        if self.fields is not None:
+            inner += self.fields.values()
+        parts = 1 + sum(value.parts for value in inner)
+        nesting = 1 + max((value.nesting for value in inner), default=-1)
+        if parts > MAX_PARTS or nesting > MAX_NESTING:
+            # A few lines can make a value of more parts than could be gone through: what is inside counts as the whole.
+            object.__setattr__(self, "item", None)
+            object.__setattr__(self, "fields", None)
+            parts, nesting = 1, 0
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "nesting", nesting)
 
     def again(self) -> Amount:
         """Tokens that count as fed again where the whole value is interpolated: all of them if any came out of the
@@ -860,7 +877,7 @@ def _union(values: Sequence[_Value]) -> _Value:
 
 def _either(a: _Value, b: _Value) -> _Value:
     """What holds of a value that is one of the two."""
-    if a == b:
+    if a is b or a == b:
         return a
     fields = None
     if a.fields is not None and b.fields is not None:

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Final
 
 _WORD: Final = re.compile(
@@ -134,19 +135,19 @@ def document(data: bytes, rng: random.Random) -> bytes | None:
             del holder[key]
         elif change == 1:
             other, name = rng.choice(places)
-            holder[key] = json.loads(json.dumps(other[name]))
+            holder[key] = deepcopy(other[name])
         elif change == 2 and isinstance(holder[key], list):
-            holder[key].insert(rng.randrange(len(holder[key]) + 1), rng.choice(_VALUES))
+            holder[key].insert(rng.randrange(len(holder[key]) + 1), deepcopy(rng.choice(_VALUES)))
         elif change == 2 and isinstance(holder[key], dict):
-            holder[key][rng.choice((*_KEYWORDS, "a", ""))] = rng.choice(_VALUES)
+            holder[key][rng.choice((*_KEYWORDS, "a", ""))] = deepcopy(rng.choice(_VALUES))
         elif change == 3 and isinstance(holder[key], list) and holder[key]:
-            holder[key].append(json.loads(json.dumps(rng.choice(holder[key]))))
+            holder[key].append(deepcopy(rng.choice(holder[key])))
         elif change == 4 and isinstance(holder[key], int):
             holder[key] = int(holder[key]) + rng.choice((-1, 1, 16))
         elif change == 5 and isinstance(holder[key], str) and isinstance(holder, list):
             holder[key] = rng.choice([s[k] for s, k in places if isinstance(s[k], str)])
         else:
-            holder[key] = rng.choice(_VALUES)
+            holder[key] = deepcopy(rng.choice(_VALUES))
         if len(json.dumps(root)) > 1 << 16:
             return None
     return json.dumps(root[0]).encode()

@@ -3,7 +3,7 @@
 target = parse        plan text: read, printed, formatted
        | check        plan text: checked, compiled, bounded, explained
        | schema       a JSON schema or a regex of a typed gen: read, and tokens drawn under its mask
-       | recording    the JSON of a recorded schedule
+       | recording    the JSON of a schedule, recorded or static: read, and held against its plan
 
 A target takes bytes and returns. It raises `Broken`, or whatever escaped from the code under test, where something that
 must hold does not. Cost is libFuzzer's to bound (`-timeout`, `-rss_limit_mb`), and the replay's (calls made).
@@ -20,11 +20,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from anabranch.cli.text import printable
+from anabranch.compiler import recording as recorded
+from anabranch.compiler import schedule_json
 from anabranch.compiler.explain import explain
 from anabranch.compiler.graph_text import graph_text
+from anabranch.compiler.json_values import load
 from anabranch.compiler.pipeline import compile_plan
-from anabranch.compiler.recording import from_json, to_json
 from anabranch.compiler.scheduler import Machine
+from anabranch.compiler.verify_graph import VerifyError
+from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
 from anabranch.dsl.ast import Program
 from anabranch.dsl.check import check as check_program
 from anabranch.dsl.diagnostics import PlanError, Source
@@ -107,14 +111,28 @@ def schema(data: bytes) -> None:
 
 
 def recording(data: bytes) -> None:
-    """Anything is a recording or a PlanError, and a recording is read back as it is written."""
+    """Anything is a schedule, recorded or static, or a PlanError; a schedule is read back as it is written.
+
+    What is read is held against its plan, which tells faults of the schedule and nothing worse.
+    """
     try:
-        read = from_json(data)
+        document = load(data)
+        kind = document.get("kind") if isinstance(document, dict) else None
+        if kind == "static":
+            schedule, origin = schedule_json.from_document(document)
+            if schedule_json.from_json(schedule_json.to_json(schedule, origin)) != (schedule, origin):
+                raise Broken("written and read again, it is another schedule")
+            schedule_json.verify_static(schedule, origin)
+        else:
+            read = recorded.from_document(document)
+            if recorded.from_json(recorded.to_json(read)) != read:
+                raise Broken("written and read again, it is another recording")
+            verify_recording(read)
     except PlanError as error:
         _shown(error, None)
-        return
-    if from_json(to_json(read)) != read:
-        raise Broken("written and read again, it is another recording")
+    except (ScheduleFault, VerifyError) as fault:
+        if len(str(fault)) > MAX_SHOWN:
+            raise Broken(f"a fault is told in {len(str(fault))} characters") from None
 
 
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
