@@ -25,6 +25,7 @@ def join(thread: Thread, ref: Ref, ok: tuple[int, ...], winners: tuple[int, ...]
     _check_verdict(branches, ok, failed)
     _check_winners(branches, ok, winners, failed)
     branches.closed = True
+    thread.rank += sum(branches.ranks[index] for index in ok)
     longest = max((last.path_tokens for last in branches.last.values()), default=0)
     thread.path_tokens = max(thread.path_tokens, longest)
     chosen = set(winners)
@@ -62,7 +63,7 @@ def _check_passed(branches: Branches, ok: tuple[int, ...]) -> None:
         last = branches.last.get(index)
         if last is not None and last.status not in (None, "cancelled"):
             continue
-        so_far = branches.spent.get(index, 0) + (last.decoded if last is not None and last.status is None else 0)
+        so_far = branches.ranks.get(index, 0) + (last.rank if last is not None and last.status is None else 0)
         if (so_far, index) < last_read:
             fault(
                 "order-of-ends",
@@ -72,7 +73,7 @@ def _check_passed(branches: Branches, ok: tuple[int, ...]) -> None:
 
 def _order(branches: Branches, index: int, ordered: bool) -> tuple[int, int]:
     if ordered:
-        return branches.spent.get(index, 0), index
+        return branches.ranks.get(index, 0), index
     # Those that ended after the same call have no order.
     return branches.last[index].ended_at, 0
 

@@ -302,6 +302,7 @@ def end_branch(thread: Thread) -> None:
     parent.decoded += thread.decoded
     spent = branches.spent.get(thread.index, 0) + thread.decoded
     branches.spent[thread.index] = spent
+    branches.ranks[thread.index] = branches.ranks.get(thread.index, 0) + thread.rank
     own = branches.arm(thread.index)[2].budget
     if own is not None and spent > own:
         fault("budget-kept", f"branch {thread.index} of {branches.ref} drew {spent} tokens, and may draw {own}")

@@ -99,12 +99,13 @@ class Thread:
     must_seal: its last row was flushed; must_go_on: it was a drawn token, fed so that it can go on
     pinned: it ended ok, and its join, not yet read, may stitch it
     decoded: tokens drawn in it and in its branches that ended; path: on the longest chain to where it is
+    rank: tokens drawn in it and in those of its branches that joins read, which orders ends where time must not
     """
 
     __slots__ = (
         "attempt", "decoded", "depth", "drawn", "drew", "ended_at", "expects", "fork", "forked", "frames", "fresh",
         "gained", "index", "live", "logits_at", "lost", "must_go_on", "must_seal", "node", "number", "parent", "path",
-        "path_tokens", "pinned", "plan", "position", "reduced", "run", "seat", "segment", "status", "stitching",
+        "path_tokens", "pinned", "plan", "position", "rank", "reduced", "run", "seat", "segment", "status", "stitching",
         "unfed", "view", "watchers",
     )  # fmt: skip
 
@@ -131,7 +132,7 @@ class Thread:
         self.frames = [Frame(region, None)]
         self.node: Node | None = None
         self.expects = ""
-        self.drawn = self.decoded = self.path_tokens = 0
+        self.drawn = self.decoded = self.rank = self.path_tokens = 0
         self.forked: Branches | None = None
         self.reduced: frozenset[int] | None = None
         self.stitching: tuple[Thread, ...] = ()
@@ -164,7 +165,8 @@ class Branches:
     """
 
     __slots__ = (
-        "before", "closed", "decoded", "join", "last", "limits", "live", "node", "ref", "spent", "starts", "width",
+        "before", "closed", "decoded", "join", "last", "limits", "live", "node", "ranks", "ref", "spent", "starts",
+        "width",
     )  # fmt: skip
 
     def __init__(self, node: Split, ref: Ref, width: int, before: int) -> None:
@@ -176,6 +178,7 @@ class Branches:
         self.join = join_of(node)
         self.last: dict[int, Thread] = {}
         self.spent: dict[int, int] = {}
+        self.ranks: dict[int, int] = {}
         self.live = self.decoded = 0
         self.closed = False
         self.starts = list(accumulate(arm.multiplicity for arm in node.arms)) if isinstance(node, Fork) else []

@@ -344,6 +344,7 @@ class _Replay:
         self.idle.discard(thread.number)
         thread.drawn += 1
         thread.decoded += 1
+        thread.rank += 1
         thread.path_tokens += 1
         self.tokens += 1
         thread.unfed.push(DRAWN, (token,))
