@@ -44,7 +44,7 @@ class Shuffled(Bold):
 @st.composite
 def simulations(draw: st.DrawFn, drawn: st.SearchStrategy[Plan]) -> Simulation:
     """One or two plans together, on any machine that can hold each, under any policy and way to preempt."""
-    pressed = draw(st.integers(0, 4)) == 4
+    pressed = draw(st.integers(0, 7)) == 7
     batch = draw(st.lists(hungry_plans() if pressed else drawn, min_size=1, max_size=2))
     scripts = [draw(traces()) for _ in batch]
     machine = draw(machines(*batch, least=draw(st.sampled_from([None, True]))))
