@@ -40,6 +40,7 @@ test: lint
 bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/journal.py
 	$(BIN)/python benchmarks/decode.py
 
 clean:
