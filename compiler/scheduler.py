@@ -430,6 +430,15 @@ class Scheduler:
             self._offer(fork)
 
     @property
+    def has_waiting(self) -> bool:
+        """Whether something could start or go on but for pages, for a lane, or for the policy."""
+        if any(_still_waits(waits) for waits in (*self._short, *(entry[-1] for entry in self._waiting))):
+            return True
+        if any(guest.state == "parked" for guest in self._guests):
+            return True
+        return any(thread.state != "ended" for _, thread in self._queue)
+
+    @property
     def seated(self) -> Sequence[Thread]:
         """The threads that hold a lane."""
         return self._seated

@@ -28,6 +28,7 @@ from anabranch.dsl.spec import Value
 from anabranch.dsl.values import EvaluationError
 from anabranch.kernels.sample import draw, logprob
 from anabranch.runtime.attention import Block, StepAttention
+from anabranch.runtime.attention_fixed import FixedAttention
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context, Row
 from anabranch.runtime.events import BranchEnded, Event, GenEnded, LogitsRow, Path, RunEnded, Status, TextDelta
@@ -47,7 +48,8 @@ class EngineConfig:
     lanes: threads that hold a row of the batch at once
     pages, page_size: KV pages, and token slots in each; None takes as many pages as `pool_bytes` holds
     chunk: most prefilled rows in one step
-    deterministic: joins close by tokens decoded, not by time, and deadlines are refused
+    deterministic: joins close by tokens decoded, not by time, deadlines are refused, and a branch's logits are the same
+        bit for bit whatever else runs. Raises PlanError `not-deterministic` where this machine cannot keep that
     trace_logits: keep the logits that each token was drawn from (tests; a row is as large as the vocabulary)
     prefix_cache: keep the pages of finished prompts for later runs
     preempt: what becomes of a thread that started on expected need when the pool runs out: its keys and values go to
@@ -241,6 +243,8 @@ class Engine:
         self.policy = policy
         self.config = config or EngineConfig()
         decoder = model.decoder
+        if self.config.deterministic:
+            decoder.fixed_shapes()
         shape = decoder.config
         pages = self.config.pages
         if pages is None:
@@ -993,11 +997,18 @@ class Engine:
                 kinds.append((kind, 1))
         return tuple(kinds)
 
-    def _attention(self, blocks: Sequence[Block]) -> StepAttention:
-        return StepAttention(self.store, self.model.decoder.config, blocks, self.model.decoder.dtype)
+    def _attention(self, blocks: Sequence[Block]) -> StepAttention | FixedAttention:
+        decoder = self.model.decoder
+        if not self.config.deterministic:
+            return StepAttention(self.store, decoder.config, blocks, decoder.dtype)
+        return FixedAttention(self.store, decoder.config, blocks, decoder.dtype, decoder.fixed_shapes())
 
     def _record_call(
-        self, step: Step, blocks: Sequence[Block], kinds: Sequence[recording.Kinds], attention: StepAttention
+        self,
+        step: Step,
+        blocks: Sequence[Block],
+        kinds: Sequence[recording.Kinds],
+        attention: StepAttention | FixedAttention,
     ) -> None:
         assert self.recorder is not None
         seats = dict.fromkeys(self._work[t].task.number for t in (*(t for t, _ in step.feeds), *step.draws))
@@ -1017,7 +1028,7 @@ class Engine:
 
     def _forward(
         self,
-        attention: StepAttention,
+        attention: StepAttention | FixedAttention,
         blocks: Sequence[Block],
         owners: Sequence[Run],
         tokens: Sequence[int],
@@ -1034,6 +1045,7 @@ class Engine:
             attention.positions,
             attention,
             torch.tensor(wanted, dtype=torch.int64),
+            decoder.fixed_shapes() if self.config.deterministic else None,
         )
 
     def _sample(self, sampling: Sequence[tuple[_Work, Context, Tensor]]) -> None:

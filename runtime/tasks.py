@@ -411,17 +411,20 @@ class Task:
             raise EvaluationError(f"no function `{function}` was registered")
         if self.recorded:
             return self._answered(function)
+        reason = ""
         try:
-            value = target(*args)
-        except (Exception, SystemExit) as error:
-            reason = " ".join(f"`{function}` raised {type(error).__name__}: {error}".split())
-            self.emit(HostCalled(self.here, function, None, reason))
-            raise EvaluationError(reason) from error
-        try:
-            value = checked(value, f"what `{function}` returned")
+            # Copies both ways: what the host changes or keeps is not the plan's, and what it returned stays as it was.
+            own = [checked(arg, "an argument") for arg in args]
+            value = checked(target(*own), f"what `{function}` returned")
         except EvaluationError as error:
-            self.emit(HostCalled(self.here, function, None, error.reason))
+            reason = error.reason
+        except KeyboardInterrupt:
             raise
+        except BaseException as error:  # also SystemExit, GeneratorExit, and what no `str` can be had of
+            reason = " ".join(f"`{function}` raised {type(error).__name__}: {_said(error)}".split())
+        if reason:
+            self.emit(HostCalled(self.here, function, None, reason))
+            raise EvaluationError(reason)
         self.emit(HostCalled(self.here, function, value))
         return value
 
@@ -864,7 +867,8 @@ class Task:
                 # A space held back for a gen that did not come belongs to the text after all.
                 self.held_space = False
             if context.unfed:
-                yield Feed(flush=len(context.unfed) == 1)
+                # What was lost comes before it, and has a kind of its own.
+                yield Feed(flush=all(unfed.row is Row.RECOMPUTE for unfed in context.unfed[:-1]))
             logits = context.logits
             context.seal()
             context.logits = logits
@@ -1025,6 +1029,14 @@ class Task:
             context.alias(entries, end)
             context.logits = logits
         self.run.check_position(end)
+
+
+def _said(error: BaseException) -> str:
+    """What an exception of the host's says, of which a run keeps a bounded part."""
+    try:
+        return str(error)[:500]
+    except Exception:
+        return "it cannot be shown"
 
 
 def _all_of(items: list[Value]) -> bool:

@@ -197,7 +197,7 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise that tokens are drawn with.")] = 0,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Joins close by tokens decoded, not by time; no deadlines.")
+        bool, typer.Option("--deterministic", help="The same bits whatever runs beside; no clock decides a join.")
     ] = False,
     lanes: Lanes = 64,
     pages: Pages = None,
