@@ -1,6 +1,7 @@
 """Pick the inputs worth keeping: `python tests/fuzz/tidy.py parse FOLDER...` rewrites `corpus/parse` from it and these.
 
-Files named `found-*`, which once broke something, stay. Kept besides are a few small files that reach most pairs of lines, one run after the other, that all of them together reach.
+Files named `found-*`, which once broke something, stay. Kept besides are a few small files that reach most pairs of
+lines, one run after the other, that all of them together reach.
 Needs no atheris: coverage is what `sys.settrace` sees.
 """
 
