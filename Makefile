@@ -10,13 +10,14 @@ QUESTION ?= How many legs does a spider have?
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= parse check schema recording
 
-.PHONY: help venv demo test lint bench fuzz clean
+.PHONY: help venv demo test lint bench quality fuzz clean
 
 help:
-	@echo "make demo   run examples/vote.plan on a real model (QUESTION='...' asks something else)"
-	@echo "make test   lint, type check and test everything"
-	@echo "make fuzz   coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
-	@echo "make bench  the benchmarks of docs/benchmarks.md"
+	@echo "make demo      run examples/vote.plan on a real model (QUESTION='...' asks something else)"
+	@echo "make test      lint, type check and test everything"
+	@echo "make bench     the benchmarks of docs/benchmarks.md"
+	@echo "make quality   the scheduler against the best schedules: the tables of docs/scheduler.md"
+	@echo "make fuzz      coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
 
 venv: $(VENV)/.installed
 
@@ -45,6 +46,10 @@ bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/decode.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deterministic.py
+
+quality: venv
+	$(BIN)/python benchmarks/quality.py
 
 # A finding ends the run; the input is left in build/fuzz.
 fuzz: venv

@@ -249,7 +249,8 @@ class _Thread:
     last: the token whose logits the next draw reads
     interpolated: a value was written since its last event. One that is longer than the compiler counted on fails the
         branch, and only the events tell that
-    num_drawn: tokens drawn in it; num_decoded: those of its branches included
+    num_drawn: tokens drawn in it
+    num_decoded: with those of its branches that its joins found ok, and of its tries before
     draws: (after, token id) of each token drawn in it that is known
     """
 
@@ -818,7 +819,7 @@ class _Run:
             Branch(i, arms[i].label, outcomes[i].value, outcomes[i].names, self._thread_of(outcomes[i]).num_decoded)
             for i in event.ok
         ]
-        thread.num_decoded += sum(outcome.thread.num_decoded for outcome in outcomes if outcome.thread is not None)
+        thread.num_decoded += sum(branch.tokens for branch in ok)
         try:
             if join.kind == "best" and join.key == "logprob":
                 verdict = self._best_by_logprob(thread, join, event, ok, outcomes)
