@@ -45,6 +45,7 @@ test: lint
 bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/journal.py
 	$(BIN)/python benchmarks/decode.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deterministic.py
 

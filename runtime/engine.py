@@ -215,11 +215,16 @@ class Run:
 
 @dataclass(slots=True)
 class _Work:
-    """What a seated task has asked for. `queue`: contexts to feed from, in order."""
+    """What a seated task has asked for.
+
+    queue: contexts to feed from, in order
+    rides: a sampled token at the head of one is no row of the feed, but rides along
+    """
 
     task: Task
     queue: list[Context]
     flush: bool = False
+    rides: bool = True
     draw: Draw | None = None
     score: Score | None = None
     scored: list[Tensor] = field(default_factory=list)
@@ -501,6 +506,8 @@ class Engine:
             else:
                 context.lose()
                 if work is not None:
+                    # A sampled token that comes after lost ones is counted as a row, so it does not ride.
+                    work.rides = False
                     feed = len(context.unfed)
         self.scheduler.preempt(thread, feed=feed)
         self.num_preempted += 1
@@ -972,7 +979,7 @@ class Engine:
         for context in work.queue:
             if not context.unfed or not count:
                 continue
-            rides = work.draw is not None and context.unfed[0].row is Row.DECODE
+            rides = work.rides and work.draw is not None and context.unfed[0].row is Row.DECODE
             rows = min(len(context.unfed), count + rides)
             portions.append((context, rows))
             count -= rows - rides

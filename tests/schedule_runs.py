@@ -44,7 +44,7 @@ class Shuffled(Bold):
 @st.composite
 def simulations(draw: st.DrawFn, drawn: st.SearchStrategy[Plan]) -> Simulation:
     """One or two plans together, on any machine that can hold each, under any policy and way to preempt."""
-    pressed = draw(st.integers(0, 4)) == 4
+    pressed = draw(st.integers(0, 7)) == 7
     batch = draw(st.lists(hungry_plans() if pressed else drawn, min_size=1, max_size=2))
     scripts = [draw(traces()) for _ in batch]
     machine = draw(machines(*batch, least=draw(st.sampled_from([None, True]))))
@@ -104,6 +104,7 @@ def hold_schedule(simulation: Simulation) -> None:
 def hold_schedules(shard: int) -> None:
     """Every plan of this shard ends, in any pool that holds it depth first, and breaks no rule on the way."""
     held: Counter[str] = Counter()
+    different: set[int] = set()
     wanted = SCHEDULES // SHARDS
 
     @seed(shard)
@@ -112,12 +113,14 @@ def hold_schedules(shard: int) -> None:
     def law(simulation: Simulation) -> None:
         hold_schedule(simulation)
         held["plans"] += len(simulation.plans)
+        different.update(hash((run.text, repr(run.inputs))) for run in simulation.recording.runs)
         held["preempted"] += simulation.num_preempted > 0
         held["swapped"] += any(isinstance(step, SwapOut) for step in simulation.recording.steps)
         for found in traits(simulation.recording):
             held.update(found)
 
     law()
+    held["different plans"] = len(different)
     print(f"{dict(held)}")  # shown with `pytest -s`
     assert held["plans"] >= wanted, held
     assert held["a stitch of several branches"] >= 0.30 * held["plans"], held

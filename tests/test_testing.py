@@ -243,6 +243,18 @@ def test_a_gen_ends_as_its_outcome_says(outcome: Outcome, end: str, drawn: int) 
     simulation.verify()
 
 
+def test_a_gen_that_breaks_off_inside_a_character_fails_its_branch() -> None:
+    """Whatever was written before it broke, half a character included: the branch fails, and the rest goes on."""
+    plan = Plan.parse('main = plan() { fork(2, fallback=["none"]) { gen("a", max=9); }; gen("z", max=1); }')
+    cut = [Outcome(length, "failed", content) for length in range(1, 5) for content in range(8)]
+    trimmed = 0
+    for outcome in cut:
+        simulation = simulate(plan, ROOMY, Trace((outcome,)))
+        simulation.verify()
+        trimmed += simulation.results[0].counts["tokens_trimmed"]
+    assert trimmed > 0
+
+
 def test_equal_contents_agree() -> None:
     """Gens of one content write the same, so that branches may agree; another content writes otherwise."""
     plan = Plan.parse('main = plan() { x = fork(3) { gen("a", max=6); } join(all, drop); return(x); }')

@@ -210,9 +210,14 @@ class _Decoder:
         generator = np.random.Generator(np.random.PCG64(0))
         self._rows = torch.from_numpy(generator.standard_normal((64, config.vocab_size), dtype=np.float32))
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, logit_rows: Tensor) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attend: Attend, logit_rows: Tensor, shapes: None = None
+    ) -> Tensor:
         """[num_rows, vocab_size], as `Decoder.forward`."""
         return self._rows[(token_ids[logit_rows] * 7 + positions[logit_rows]) % len(self._rows)]
+
+    def fixed_shapes(self) -> None:
+        """Rows are looked up one by one, so no shape changes them."""
 
 
 class _Words:
