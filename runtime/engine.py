@@ -805,6 +805,7 @@ class Engine:
             self._cut(task, work.draw)
         if task.steps is not None:
             task.steps.close()
+        task.request = None
         ended = task.leave(status, value, reason)
         fork = task.parent
         keeps = status == "ok" and fork is not None and not fork.closed and fork.join.spec.context == "stitch"
@@ -874,6 +875,7 @@ class Engine:
     def _finish(self, task: Task, status: Status, value: Value, reason: str) -> None:
         run = task.run
         self._runs.remove(run)
+        run.root = None
         counts = run.counts
         counts["critical_path_tokens"] = task.critical
         counts["tokens_prefilled"] = run.rows[Row.PREFILL] + run.rows[Row.REPREFILL]
