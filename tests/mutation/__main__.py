@@ -115,7 +115,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
     parser.add_argument("--jobs", type=int, default=2, help="children at once")
     parser.add_argument("--seed", type=int, default=0, help="which mutants are drawn")
-    parser.add_argument("--mutants", type=int, default=600, help="how many: half of recordings, half of the code")
+    parser.add_argument("--mutants", type=int, default=500, help="how many: half of recordings, half of the code")
     parser.add_argument("--time-limit", type=int, default=20, help="seconds of processor time for each mutant")
     parser.add_argument("--only", default="", help="run the code mutants whose key holds this text, and nothing else")
     parser.add_argument("--log", type=Path, help="write what became of each mutant to this file")

@@ -466,11 +466,9 @@ def _not_in_order(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     return _change(steps, at, ok=(other,), winners=(other,))
 
 
-def _many_calls(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+def _idle_call(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     at = _last(steps, rec.Call)
-    call = steps[at]
-    assert isinstance(call, rec.Call)
-    return _put(steps, at, *[rec.Call(call.seats, ())] * 400)
+    return _put(steps, at, rec.Call(steps[at].seats, ()))  # type: ignore[union-attr]
 
 
 def _of_recordings() -> Iterator[Fault]:
@@ -707,7 +705,11 @@ def _of_recordings() -> Iterator[Fault]:
     )
     yield fault("draw beyond `max`", "max=", "draws-of-the-gen", "nested max", _text("gen(max=4)", "gen(max=3)"))
     yield fault("spend beyond a budget", "budget=", "budget-kept", "budget", _text("budget=30", "budget=6"))
-    yield fault("idle calls", "the bound on calls", "within-bounds", "nested max", _many_calls)
+    yield fault("an idle call", "who holds a lane gets on", "seats-work draw-has-a-seat", "nested max", _idle_call)
+    yield fault(
+        "slower than the machine", "the bound on calls", "within-bounds", "nested sum",
+        _on(lambda r: replace(r.machine, lanes=64, chunk=512)),
+    )  # fmt: skip
 
 
 # --- faults in the code
