@@ -707,8 +707,8 @@ def _of_recordings() -> Iterator[Fault]:
     yield fault("spend beyond a budget", "budget=", "budget-kept", "budget", _text("budget=30", "budget=6"))
     yield fault("an idle call", "who holds a lane gets on", "seats-work draw-has-a-seat", "nested max", _idle_call)
     yield fault(
-        "slower than the machine", "the bound on calls", "within-bounds", "nested sum",
-        _on(lambda r: replace(r.machine, lanes=64, chunk=512)),
+        "slower than the machine", "the bound on calls", "within-bounds", "generated 14",
+        _on(lambda r: replace(r.machine, lanes=64, chunk=512, pages=4096)),
     )  # fmt: skip
 
 
@@ -1018,7 +1018,7 @@ def _only_of_themselves(real: Any) -> Any:
 
 
 def _without_limit(real: Any) -> Any:
-    return lambda self, parent, children, *, base, limit=None: real(self, parent, children, base=base)
+    return lambda self, parent, children, **options: real(self, parent, children, **{**options, "limit": None})
 
 
 def _no_shares(real: Any) -> Any:
@@ -1036,6 +1036,8 @@ _SHOWN_BY = {
         "a stitch misses a segment",
         "a stitch flushes nothing",
         "logits of another row",
+        "rotated one position off",
+        "a row does not see itself",
         "written one slot off",
     ),
     "empty": (
@@ -1253,7 +1255,12 @@ def _of_code() -> Iterator[Fault]:
         "reference, events, winners-of-the-join",
         _wrap(Task, "_join", _text_reversed),
     )
-    yield fault("generated text counted as known", "the counts of a run", "law 2", _wrap(Context, "push", _as_prefill))
+    yield fault(
+        "generated text counted as known",
+        "the counts of a run",
+        "law 2, kind-of-row",
+        _wrap(Context, "push", _as_prefill),
+    )
     yield fault(
         "budgets not shared out",
         "budget=",
