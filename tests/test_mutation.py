@@ -15,7 +15,6 @@ from mutation.runner import Plant, run_forked
 MORE = ("pressed swap", "generated 3")
 
 
-@cache
 def plant() -> Plant:
     """The runs that show the faults in the code."""
     wanted = {fault.setting for fault in faults.in_code()}
@@ -42,7 +41,8 @@ def test_a_fault_in_a_recording_is_found(fault: Fault) -> None:
 def test_faults_in_the_code_are_found() -> None:
     """Each fault in the scheduler, the engine or the pool is found, by a check that it names."""
     found = faults.in_code()
-    tasks = [lambda fault=fault: plant().judge_fault(fault) for fault in found]  # type: ignore[misc]
+    ready = plant()
+    tasks = [lambda fault=fault: ready.judge_fault(fault) for fault in found]  # type: ignore[misc]
     verdicts = run_forked(tasks, jobs=1, time_limit_s=60, shown=lambda number, verdict: None)
     missed = [(fault.name, v) for fault, v in zip(found, verdicts, strict=True) if v.by not in fault.caught]
     assert not missed

@@ -218,7 +218,7 @@ def _steps(plant: Plant, options: argparse.Namespace, log: list[str]) -> list[Ta
         log.append(f"{key}: {verdict.by or 'LIVED'} {kind}: {verdict.detail}")
     for kind, count in classes.items():
         if kind:
-            print(f"{count} mutants of recordings are equivalent, `{kind}`: {steps.EQUIVALENT[kind]}")
+            print(f"equivalent in recordings, `{kind}` ({count}): {steps.EQUIVALENT[kind]}")
     return list(tallies.values())
 
 
