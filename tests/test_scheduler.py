@@ -140,6 +140,29 @@ def test_a_policy_sees_what_waits() -> None:
     ]
 
 
+def test_it_tells_whether_anything_waits() -> None:
+    """For a lane, for pages, or parked until its need is reserved; a guest that runs does not wait."""
+    scheduler = Scheduler(Machine(lanes=1, pages=9))
+    root = scheduler.open(Child(Need(9)))
+    assert scheduler.has_waiting
+    scheduler.start()
+    assert not scheduler.has_waiting
+    scheduler.fork(root, [Child(Need(1))] * 2, base=1)
+    (first,) = scheduler.start()
+    assert scheduler.has_waiting
+    scheduler.end(first)
+    scheduler.start()
+    assert not scheduler.has_waiting
+    crowded = Scheduler(Machine(lanes=4, pages=10), room=lambda: 10)
+    crowded.open(Child(Need(8)))
+    guest = crowded.open(Child(Need(9)))
+    crowded.start()
+    assert guest.guest
+    assert not crowded.has_waiting
+    assert not crowded.promote(guest)
+    assert crowded.has_waiting
+
+
 def test_misuse_is_refused() -> None:
     """Work for a thread that has some, a second end, a plan that can never fit."""
     scheduler = Scheduler(Machine(pages=4))

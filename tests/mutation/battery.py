@@ -514,6 +514,20 @@ main = plan() {
   return(a);
 }
 """
+RETRY_WITHIN = """
+main = plan() {
+  text("Try");
+  a = fork(i: 2, retry=1, budget=24) {
+    g = gen(type=regex("[ab]{3}"), max=3);
+    b = fork(2, fallback=["cut"]) { h = gen(type=regex("[ab]{2}"), max=2); };
+    y = flaky(i);
+    k = gen(type=regex("[ab]{5,6}"), max=6);
+    return(k);
+  } join(all(min=1), stitch);
+  z = gen("k", max=3);
+  return(a);
+}
+"""
 PRESSED = """
 main = plan(n: int) {
   text("Go on and on");
@@ -737,6 +751,7 @@ def _crafted() -> Iterator[Setting]:
         8,
     )
     yield Setting("retry", _one(RETRY), _config(), functions=_flaky)
+    yield Setting("retry within a budget", _one(RETRY_WITHIN), _config(), functions=_flaky)
     yield Setting("race first", _one(_race("first(2)", "stitch"), {"n": 4}), _config(), told=False)
     yield Setting("race in order", _one(_race("first(1)", "stitch"), {"n": 5}), _config(deterministic=True, lanes=2))
     yield Setting("quorum", _one(_race("quorum(2, v)", "text"), {"n": 4}), _config(page_size=16), told=False)

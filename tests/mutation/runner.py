@@ -17,6 +17,7 @@ from types import FrameType
 
 import test_engine
 import test_engine_limits
+import test_journal
 import test_pages
 import test_preemption
 import test_scheduler
@@ -42,6 +43,7 @@ UNIT_CHECKS: tuple[Callable[[], None], ...] = (
     test_scheduler.test_a_branch_gives_back_what_was_reserved_for_it,
     test_scheduler.test_what_has_run_goes_first_and_then_the_longest_path,
     test_scheduler.test_a_policy_sees_what_waits,
+    test_scheduler.test_it_tells_whether_anything_waits,
     test_scheduler.test_misuse_is_refused,
     test_pages.test_a_segment_grows_in_one_run_beside_a_sibling,
     test_pages.test_pages_kept_for_growth_are_given_up_when_nothing_else_is_left,
@@ -57,6 +59,7 @@ UNIT_CHECKS: tuple[Callable[[], None], ...] = (
     test_preemption.test_only_guests_are_preempted,
     test_preemption.test_a_swap_brings_the_same_bits_back,
     test_preemption.test_guests_fill_lanes_that_reservations_leave_empty,
+    test_journal.test_what_had_ended_counts_first,
     test_engine.test_a_stitch_prefills_nothing,
     test_engine.test_a_second_run_starts_from_cached_pages,
     test_engine_limits.test_a_batch_keeps_within_its_bounds,
