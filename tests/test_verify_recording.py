@@ -52,6 +52,7 @@ from anabranch.compiler.scheduler import Machine
 from anabranch.compiler.sizes import ByteSizes, Piece, Sizes
 from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
 from anabranch.dsl.diagnostics import PlanError
+from anabranch.dsl.parse import parse_text
 from anabranch.dsl.printer import print_plan
 from anabranch.runtime.engine import Engine, EngineConfig
 from anabranch.runtime.recorder import Recorder
@@ -912,7 +913,23 @@ def test_what_engines_do_holds() -> None:
         kinds.update({type(step).__name__: 1 for step in recording.steps})
 
     law()
-    assert {"Stitch", "Joined", "Adopt", "Shrink", "Round", "Arm", "Cache"} <= kinds.keys(), kinds
+    assert {"Stitch", "Joined", "Shrink", "Round", "Arm", "Cache"} <= kinds.keys(), kinds
+
+
+def test_a_second_run_starts_from_the_first_ones_pages() -> None:
+    """Pages of the prefix cache hold what the run that adopts them would have written."""
+    recorder = Recorder()
+    engine = Engine(model(), EngineConfig(pages=64, page_size=2), recorder=recorder)
+    for word in ("here", "there"):
+        engine.run(parse_text(f'main = plan() {{ text("A long way to {word}"); a = gen(max=2); }}'), [{}])
+    recording = recorder.recording()
+    adopted = next(step for step in recording.steps if isinstance(step, Adopt))
+    assert len(adopted.pages) > 1
+    assert verify_recording(recording, sizes=engine.sizes).runs == 2
+    at = recording.steps.index(adopted)
+    swapped = replace(adopted, pages=(adopted.pages[1], adopted.pages[0], *adopted.pages[2:]))
+    steps = (*recording.steps[:at], swapped, *recording.steps[at + 1 :])
+    assert broken(replace(recording, steps=steps)).rule == "adopt-the-same"
 
 
 def test_what_engines_preempt_holds() -> None:

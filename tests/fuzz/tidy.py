@@ -1,6 +1,7 @@
 """Pick the inputs worth keeping: `python tests/fuzz/tidy.py parse FOLDER...` rewrites `corpus/parse` from it and these.
 
-Kept are a few small files that reach most pairs of lines, one run after the other, that all of them together reach.
+Files named `found-*`, which once broke something, stay. Kept besides are a few small files that reach most pairs of
+lines, one run after the other, that all of them together reach.
 Needs no atheris: coverage is what `sys.settrace` sees.
 """
 
@@ -59,7 +60,8 @@ def main(name: str, folders: list[str]) -> None:
         left -= reached[best]
         kept.append(best)
     for file in folder.iterdir():
-        file.unlink()
+        if not file.name.startswith("found-"):
+            file.unlink()
     for data in kept:
         (folder / hashlib.sha256(data).hexdigest()[:12]).write_bytes(data)
     print(f"{name}: kept {len(kept)} of {len(inputs)} inputs, {sum(map(len, kept)):,} bytes; {len(left)} arcs left out")
