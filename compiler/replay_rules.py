@@ -15,7 +15,7 @@ RULES = {
     "freed-once": "a segment is freed once, and nothing happens to it afterwards",
     "swapped-back": "a segment is swapped out once at a time, comes back whole, and is not read meanwhile",
     "lost-is-fed-again": "what a thread lost is fed again, in order, before anything else of it",
-    "cache-whole-pages": "the prefix cache takes full pages of sealed segments, each once, and lets go of its own",
+    "cache-whole-pages": "the prefix cache takes full pages that a segment owns, each once, and lets go of its own",
     "adopt-the-same": "an adopted page is the cache's and holds what its thread would have written there",
     # attention
     "no-read-after-free": "a slot is read only while it holds a token",
