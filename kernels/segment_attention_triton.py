@@ -1,0 +1,186 @@
+"""The Triton kernel behind `segment_attention`."""
+
+# mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.kernels.jit import HAS_TRITON, jit, power_of_two
+
+if HAS_TRITON:
+    import triton.language as tl
+
+# Two programs a multiprocessor: one computes while the other's loads are under way. Not measured.
+PROGRAMS_PER_PROCESSOR = 2
+# Where there is no device to ask (the interpreter): small, so that every program takes several tasks.
+PROGRAMS_ELSEWHERE = 3
+
+
+@jit
+def segment_attention_kernel(
+    q_ptr, q_stride_row, q_stride_head,
+    positions_ptr,
+    k_ptr, k_stride_page, k_stride_head, k_stride_slot,
+    v_ptr, v_stride_page, v_stride_head, v_stride_slot,
+    cos_ptr, sin_ptr, num_positions,
+    tasks_ptr, num_tasks_ptr, task_rows_ptr, task_pages_ptr, segment_length_ptr,
+    out_ptr, lse_ptr,
+    scale, window,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TASK_FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Partial attention of each (task, KV head), as `segment_attention_torch` defines it.
+
+    BLOCK_HALF: head_dim / 2, rounded up to a power of two. Q and K are held as their two halves, which are the two
+    members of each rotary pair, so that rotation is elementwise; the score is the sum of two dots.
+    window: keys at least that far behind are hidden; 0 hides none
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    log2e: tl.constexpr = 1.4426950408889634
+    ln2: tl.constexpr = 0.6931471805599453
+
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    half = tl.arange(0, BLOCK_HALF)
+    wide = tl.arange(0, 2 * BLOCK_HALF)
+    half_ok = half < HALF
+    wide_ok = wide < HEAD_DIM
+
+    num_items = tl.load(num_tasks_ptr) * NUM_KV_HEADS
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        head = item % NUM_KV_HEADS
+        task = tasks_ptr + (item // NUM_KV_HEADS) * TASK_FIELDS
+        pages = task_pages_ptr + tl.load(task)
+        first = tl.load(task + 1)
+        length = tl.load(task + 2)
+        segment = tl.load(task + 3)
+        rows = task_rows_ptr + tl.load(task + 4)
+        num_rows = tl.load(task + 5)
+        part = tl.load(task + 6)
+        shift = tl.load(task + 7)
+        start = tl.load(task + 8)
+        # An open segment is planned ahead: what is not written yet is masked by its length now.
+        filled = tl.load(segment_length_ptr + segment, mask=segment >= 0, other=0) - first
+        length = tl.where(segment >= 0, tl.minimum(length, filled), length)
+
+        member = m // GROUP
+        row_ok = member < num_rows
+        row = tl.load(rows + member, mask=row_ok, other=0)
+        query_head = head * GROUP + m % GROUP
+        angle = tl.load(positions_ptr + row, mask=row_ok, other=0) - shift
+        # cos is even and sin is odd, so the table need not hold negative positions.
+        table = tl.where(angle < 0, -angle, angle).to(tl.int64)
+        table_ok = (row_ok & (table < num_positions))[:, None] & half_ok[None, :]
+        at = table[:, None] * HALF + half[None, :]
+        # A position past the table gives NaN: loud, and in bounds.
+        cos = tl.load(cos_ptr + at, mask=table_ok, other=float("nan"))
+        sin = tl.load(sin_ptr + at, mask=table_ok, other=float("nan"))
+        sin = tl.where((angle < 0)[:, None], -sin, sin)
+        q_ok = row_ok[:, None] & half_ok[None, :]
+        q_at = q_ptr + row.to(tl.int64)[:, None] * q_stride_row + query_head[:, None] * q_stride_head + half[None, :]
+        low = tl.load(q_at, mask=q_ok, other=0.0).to(tl.float32)
+        high = tl.load(q_at + HALF, mask=q_ok, other=0.0).to(tl.float32)
+        kind = k_ptr.dtype.element_ty
+        q_low = tl.where(q_ok, low * cos - high * sin, 0.0).to(kind)
+        q_high = tl.where(q_ok, high * cos + low * sin, 0.0).to(kind)
+
+        largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, 2 * BLOCK_HALF], tl.float32)
+        for begin in range(0, length, BLOCK_N):
+            token = begin + n
+            token_ok = token < length
+            page = tl.load(pages + token // PAGE_SIZE, mask=token_ok, other=0).to(tl.int64)
+            slot = token % PAGE_SIZE
+            k_at = (
+                k_ptr
+                + page[:, None] * k_stride_page
+                + head * k_stride_head
+                + slot[:, None] * k_stride_slot
+                + half[None, :]
+            )
+            k_ok = token_ok[:, None] & half_ok[None, :]
+            k_low = tl.load(k_at, mask=k_ok, other=0.0)
+            k_high = tl.load(k_at + HALF, mask=k_ok, other=0.0)
+            score = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
+            score = tl.dot(q_high, tl.trans(k_high), score, input_precision="ieee")
+            seen = token_ok[None, :] & row_ok[:, None]
+            if window > 0:
+                seen = seen & (angle[:, None] - (start + token)[None, :] < window)
+            score = tl.where(seen, score * (scale * log2e), float("-inf"))
+            peak = tl.maximum(largest, tl.max(score, 1))
+            # While a row has seen nothing its peak is -inf, and -inf - -inf would be NaN.
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            keep = tl.exp2(largest - base)
+            weight = tl.exp2(score - base[:, None])
+            total = total * keep + tl.sum(weight, 1)
+            v_at = (
+                v_ptr
+                + page[:, None] * v_stride_page
+                + head * v_stride_head
+                + slot[:, None] * v_stride_slot
+                + wide[None, :]
+            )
+            value = tl.load(v_at, mask=token_ok[:, None] & wide_ok[None, :], other=0.0)
+            acc = tl.dot(weight.to(kind), value, acc * keep[:, None], input_precision="ieee")
+            largest = peak
+
+        empty = total == 0.0
+        divisor = tl.where(empty, 1.0, total)
+        lse = tl.where(empty, float("-inf"), (largest + tl.log2(divisor)) * ln2)
+        state = (part + member).to(tl.int64) * NUM_HEADS + query_head
+        tl.store(lse_ptr + state, lse, mask=row_ok)
+        out_at = out_ptr + state[:, None] * HEAD_DIM + wide[None, :]
+        tl.store(out_at, acc / divisor[:, None], mask=row_ok[:, None] & wide_ok[None, :])
+
+
+def block_keys(head_dim: int, element_size: int) -> int:
+    """Keys a tile: what keeps two stages of K and V tiles of the widest heads within shared memory. Not measured.
+
+    head_dim: as stored; element_size: bytes
+    """
+    return 32 if power_of_two(head_dim) * element_size >= 512 else 64
+
+
+def num_programs(device: torch.device) -> int:
+    """The fixed grid of persistent programs."""
+    if device.type != "cuda":
+        return PROGRAMS_ELSEWHERE
+    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_segment_attention(
+    kernel: Any,
+    q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
+    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, segment_length: Tensor,
+    out: Tensor, lse: Tensor, *, scale: float, window: int, block_m: int,
+) -> None:  # fmt: skip
+    """Fill `out` and `lse` at the parts that the tasks name. Arguments as `segment_attention`'s, which checks them.
+
+    kernel: `segment_attention_kernel`, or that wrapped for tracing
+    """
+    _, num_kv_heads, page_size, head_dim = k.shape
+    kernel[(num_programs(q.device),)](
+        q, q.stride(0), q.stride(1),
+        positions,
+        k, k.stride(0), k.stride(1), k.stride(2),
+        v, v.stride(0), v.stride(1), v.stride(2),
+        cos, sin, cos.shape[0],
+        tasks, num_tasks, task_rows, task_pages, segment_length,
+        out, lse,
+        scale, window,
+        NUM_KV_HEADS=num_kv_heads, GROUP=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim,
+        BLOCK_HALF=max(16, power_of_two(head_dim // 2)),
+        PAGE_SIZE=page_size, BLOCK_M=block_m, BLOCK_N=block_keys(head_dim, k.element_size()),
+        TASK_FIELDS=tasks.shape[1], **options(head_dim),
+    )  # fmt: skip
+
+
+def options(head_dim: int) -> dict[str, int]:
+    """Warps and pipeline stages of `segment_attention_kernel`. Chosen so that no configuration spills; not measured."""
+    return {"num_warps": 8 if head_dim > 128 else 4, "num_stages": 2}
