@@ -83,7 +83,8 @@ def _merge_states(
     out_parts: Tensor, lse_parts: Tensor, row_parts_indptr: Tensor, row_parts: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     if out_parts.device.type == "cpu":
-        return _merge_on_cpu(out_parts, lse_parts, row_parts_indptr, row_parts, dtype)
+        merged: tuple[Tensor, Tensor] = _merge_on_cpu(out_parts, lse_parts, row_parts_indptr, row_parts, dtype)
+        return merged
     from anabranch.kernels.merge_states_triton import launch_merge_parts, merge_parts_kernel
 
     out, lse = _fake(out_parts, lse_parts, row_parts_indptr, row_parts, dtype)

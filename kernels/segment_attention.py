@@ -237,10 +237,11 @@ def _segment_attention(
     num_parts: int, scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if q.device.type == "cpu":
-        return _on_cpu(
+        parts: tuple[Tensor, Tensor] = _on_cpu(
             q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, segment_length,
             num_parts, scale, window, block_m,
         )  # fmt: skip
+        return parts
     from anabranch.kernels import segment_attention_triton as on_gpu
 
     out, lse = _parts(q, num_parts)

@@ -129,6 +129,7 @@ class TaskPlanner:
         self._max_runs = min(MAX_RUNS, capacity.chunks)
         self._run_first = np.zeros(self._max_runs, dtype=np.int64)
         self._run_chunks = np.zeros(self._max_runs, dtype=np.int64)
+        self._num_runs = self._num_chunks = self._num_pages = 0
         self._forget()
 
     def plan(self, rows: Sequence[Row | None], horizon: int, into: TaskLists) -> Planned | Overflow:
@@ -332,9 +333,9 @@ class TaskPlanner:
     def _take(self, num_chunks: int, num_pages: int) -> _Slots:
         run, chunk, page = self._num_runs, self._num_chunks, self._num_pages
         for what, needed, capacity in (
-            ("runs", run + 1, self._max_runs),
             ("chunks", chunk + num_chunks, self.capacity.chunks),
             ("pages", page + num_pages, self.capacity.pages),
+            ("runs", run + 1, self._max_runs),
         ):
             if needed > capacity:
                 raise _FullError(Overflow(what, needed, capacity))
@@ -344,7 +345,7 @@ class TaskPlanner:
         return _Slots(run, chunk, num_chunks, page)
 
     def _forget(self) -> None:
-        self._num_runs, self._num_chunks, self._num_pages = 0, 0, 0
+        self._num_runs = self._num_chunks = self._num_pages = 0
         # By identity; what is known is held, so that an identity is not given to another view.
         self._links: dict[int, tuple[View, tuple[int, ...]]] = {}
         self._chains: dict[int, tuple[View, Runs]] = {}

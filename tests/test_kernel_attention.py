@@ -279,8 +279,8 @@ def test_small_sizes(segments: list[Segment]) -> None:
 
 @interpreted
 def test_every_slot_of_a_view_shows_and_no_other() -> None:
-    """Each slot's value is a direction of its own, so the output holds the weight of each: not 0 exactly where a row sees
-    the slot; and a change of every key changes every one of those weights, each by its own factor."""
+    """A slot's weight is not 0 exactly where a row sees it, and a change of its key changes it."""
+    # Each slot's value is a direction of its own, so the output holds the weight of each.
     case = make(TREE, num_rows=5, heads=(1, 1), head_dim=256)
     size = case.k.shape[2]
     slots = sorted({slot for view in case.views for run, _, _ in view for slot in run})
