@@ -204,6 +204,8 @@ def _check(
         raise ValueError(
             f"block_m={block_m} is one of {BLOCK_ROWS} and holds a query group, here of {num_heads // num_kv_heads}"
         )
+    if block_m == 128 and (q.dtype == torch.float32 or head_dim > 128):
+        raise ValueError("block_m=128 is for 16-bit types and heads of up to 128: registers do not hold more")
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         raise ValueError("q, k and v are contiguous in head_dim")
     if positions.shape != (num_rows,):

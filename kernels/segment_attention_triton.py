@@ -140,11 +140,21 @@ def segment_attention_kernel(
 
 
 def block_keys(head_dim: int, element_size: int) -> int:
-    """Keys a tile: what keeps two stages of K and V tiles of the widest heads within shared memory. Not measured.
+    """Keys a tile: as many as registers and shared memory hold on every target, by ahead-of-time builds. Not timed.
 
     head_dim: as stored; element_size: bytes
     """
-    return 32 if power_of_two(head_dim) * element_size >= 512 else 64
+    bytes_each = power_of_two(head_dim) * element_size
+    return 64 if bytes_each <= 256 and element_size == 2 else 32 if bytes_each <= 512 else 16
+
+
+def options(head_dim: int, element_size: int, block_m: int) -> dict[str, int]:
+    """Warps and pipeline stages: none spills on any target, by ahead-of-time builds. Not timed.
+
+    Four warps where they do, since the matrix instruction of sm_90 takes 64 rows by four warps.
+    """
+    few = block_m <= 32 if element_size == 4 else block_m <= 64 and head_dim <= 128
+    return {"num_warps": 4 if few else 8, "num_stages": 2}
 
 
 def num_programs(device: torch.device) -> int:
@@ -177,10 +187,5 @@ def launch_segment_attention(
         NUM_KV_HEADS=num_kv_heads, GROUP=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_HALF=max(16, power_of_two(head_dim // 2)),
         PAGE_SIZE=page_size, BLOCK_M=block_m, BLOCK_N=block_keys(head_dim, k.element_size()),
-        TASK_FIELDS=tasks.shape[1], **options(head_dim),
+        TASK_FIELDS=tasks.shape[1], **options(head_dim, k.element_size(), block_m),
     )  # fmt: skip
-
-
-def options(head_dim: int) -> dict[str, int]:
-    """Warps and pipeline stages of `segment_attention_kernel`. Chosen so that no configuration spills; not measured."""
-    return {"num_warps": 8 if head_dim > 128 else 4, "num_stages": 2}
