@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anabranch.kernels.jit import HAS_TRITON, jit, power_of_two
+from anabranch.kernels.shipped import Config, pointer
 
 if HAS_TRITON:
     import triton.language as tl
@@ -17,6 +19,7 @@ if HAS_TRITON:
 # rounds. Not measured.
 BLOCK_PARTS = 16
 NUM_WARPS = 2
+NUM_STAGES = 2
 
 
 @jit
@@ -70,5 +73,24 @@ def launch_merge_parts(
         kernel[(num_rows, num_heads)](
             out_parts, lse_parts, row_parts_indptr, row_parts, out, lse,
             NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_DIM=power_of_two(head_dim), BLOCK_PARTS=BLOCK_PARTS,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip
+
+
+SHIPPED = tuple(
+    Config(
+        f"merge_states-{pointer(dtype)[1:]}-d{head_dim}",
+        merge_parts_kernel,
+        {
+            "out_parts_ptr": "*fp32", "lse_parts_ptr": "*fp32", "row_parts_indptr_ptr": "*i32", "row_parts_ptr": "*i32",
+            "out_ptr": pointer(dtype), "lse_ptr": "*fp32",
+        },
+        {"NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_DIM": power_of_two(head_dim), "BLOCK_PARTS": BLOCK_PARTS},
+        NUM_WARPS,
+        NUM_STAGES,
+        "none",
+    )
+    for head_dim in (64, 80, 96, 128, 256)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+)  # fmt: skip
+"""What `merge_parts` may launch; the number of heads moves nothing."""

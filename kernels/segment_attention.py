@@ -185,6 +185,11 @@ def segment_attention_torch(
     return out, lse
 
 
+def supports(block_m: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the widest tile's accumulators stay in registers."""
+    return block_m < 128 or (dtype != torch.float32 and head_dim <= 128)
+
+
 def _check(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, tasks: Tensor, block_m: int
 ) -> None:
@@ -204,8 +209,8 @@ def _check(
         raise ValueError(
             f"block_m={block_m} is one of {BLOCK_ROWS} and holds a query group, here of {num_heads // num_kv_heads}"
         )
-    if block_m == 128 and (q.dtype == torch.float32 or head_dim > 128):
-        raise ValueError("block_m=128 is for 16-bit types and heads of up to 128: registers do not hold more")
+    if not supports(block_m, head_dim, q.dtype):
+        raise ValueError(f"block_m={block_m} is for 16-bit types and heads of up to 128: registers do not hold more")
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         raise ValueError("q, k and v are contiguous in head_dim")
     if positions.shape != (num_rows,):

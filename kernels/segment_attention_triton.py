@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from anabranch.kernels.jit import HAS_TRITON, jit, power_of_two
+from anabranch.kernels.segment_attention import DTYPES, HEAD_DIMS, PAGE_SIZES, TASK_FIELDS, supports
+from anabranch.kernels.shipped import Config, Matrix, pointer
 
 if HAS_TRITON:
     import triton.language as tl
@@ -32,12 +34,13 @@ def segment_attention_kernel(
     scale, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TASK_FIELDS: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of each (task, KV head), as `segment_attention_torch` defines it.
 
     BLOCK_HALF: head_dim / 2, rounded up to a power of two. Q and K are held as their two halves, which are the two
     members of each rotary pair, so that rotation is elementwise; the score is the sum of two dots.
-    window: keys at least that far behind are hidden; 0 hides none
+    WINDOWED: keys at least `window` behind are hidden
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
@@ -53,7 +56,8 @@ def segment_attention_kernel(
 
     num_items = tl.load(num_tasks_ptr) * NUM_KV_HEADS
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        head = item % NUM_KV_HEADS
+        # 64 bits: with the KV head outermost, a head's stride is that of the whole pool.
+        head = tl.cast(item % NUM_KV_HEADS, tl.int64)
         task = tasks_ptr + (item // NUM_KV_HEADS) * TASK_FIELDS
         pages = task_pages_ptr + tl.load(task)
         first = tl.load(task + 1)
@@ -110,7 +114,7 @@ def segment_attention_kernel(
             score = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
             score = tl.dot(q_high, tl.trans(k_high), score, input_precision="ieee")
             seen = token_ok[None, :] & row_ok[:, None]
-            if window > 0:
+            if WINDOWED:
                 seen = seen & (angle[:, None] - (start + token)[None, :] < window)
             score = tl.where(seen, score * (scale * log2e), float("-inf"))
             peak = tl.maximum(largest, tl.max(score, 1))
@@ -187,5 +191,46 @@ def launch_segment_attention(
         NUM_KV_HEADS=num_kv_heads, GROUP=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_HALF=max(16, power_of_two(head_dim // 2)),
         PAGE_SIZE=page_size, BLOCK_M=block_m, BLOCK_N=block_keys(head_dim, k.element_size()),
-        TASK_FIELDS=tasks.shape[1], **options(head_dim, k.element_size(), block_m),
+        TASK_FIELDS=tasks.shape[1], WINDOWED=window > 0,
+        **options(head_dim, k.element_size(), block_m),
     )  # fmt: skip
+
+
+def shipped(head_dim: int, dtype: torch.dtype, page_size: int, block_m: int, group: int, windowed: bool) -> Config:
+    """One configuration, as `launch_segment_attention` launches it, to be built ahead of time."""
+    pool = pointer(dtype)
+    tuned = options(head_dim, dtype.itemsize, block_m)
+    # fp32 products are exact (`input_precision="ieee"`), which no matrix instruction of NVIDIA's gives.
+    matrix: Matrix = "none" if dtype == torch.float32 else "wgmma" if block_m >= 64 else "mma"
+    name = f"segment_attention-{pool[1:]}-d{head_dim}-p{page_size}-m{block_m}-g{group}{'-window' * windowed}"
+    return Config(
+        name,
+        segment_attention_kernel,
+        {
+            "q_ptr": pool, "q_stride_row": "i32", "q_stride_head": "i32", "positions_ptr": "*i32",
+            "k_ptr": pool, "k_stride_page": "i32", "k_stride_head": "i32", "k_stride_slot": "i32",
+            "v_ptr": pool, "v_stride_page": "i32", "v_stride_head": "i32", "v_stride_slot": "i32",
+            "cos_ptr": "*fp32", "sin_ptr": "*fp32", "num_positions": "i32",
+            "tasks_ptr": "*i32", "num_tasks_ptr": "*i32", "task_rows_ptr": "*i32", "task_pages_ptr": "*i32",
+            "segment_length_ptr": "*i32", "out_ptr": "*fp32", "lse_ptr": "*fp32", "scale": "fp32", "window": "i32",
+        },
+        {
+            "NUM_KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim,
+            "BLOCK_HALF": max(16, power_of_two(head_dim // 2)), "PAGE_SIZE": page_size, "BLOCK_M": block_m,
+            "BLOCK_N": block_keys(head_dim, dtype.itemsize), "TASK_FIELDS": TASK_FIELDS, "WINDOWED": windowed,
+        },
+        tuned["num_warps"],
+        tuned["num_stages"],
+        matrix,
+    )  # fmt: skip
+
+
+SHIPPED = tuple(
+    shipped(head_dim, dtype, page_size, block_m, group, windowed)
+    for head_dim in HEAD_DIMS
+    for dtype in DTYPES
+    for page_size in PAGE_SIZES
+    for block_m, group, windowed in ((16, 4, False), (32, 3, False), (64, 4, False), (64, 1, True), (128, 4, False))
+    if supports(block_m, head_dim, dtype)
+)
+"""What an engine may ask for; the query group and the window change no tile, so a few of each stand for all."""
