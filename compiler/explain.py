@@ -8,10 +8,11 @@ from typing import Any
 
 from anabranch.compiler.cost import CPU, SMOLLM2, Chip, ModelShape, predict_seconds
 from anabranch.compiler.pipeline import Compiled
-from anabranch.compiler.record import record
+from anabranch.compiler.record import MAX_THREADS, record
 from anabranch.compiler.scheduler import Machine
 from anabranch.compiler.sizes import Sizes
 from anabranch.compiler.verify_schedule import verify_schedule
+from anabranch.dsl.diagnostics import PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Explanation:
     largest_position: tokens of context that the longest thread needs
     pages_depth_first: the least pool that always suffices; pages_full_width: with everything alive at once
     steps_bound: model calls that a run never exceeds, without page pressure or waits for the host
-    scheduled_steps, scheduled_pages: of the static schedule: estimates; None where the pool is too small for it
+    scheduled_steps, scheduled_pages: of the static schedule: estimates; None where the pool is too small for it, or it
+        would have too many threads to be written out
     predicted_s: of that schedule, from the cost model of `chip`: an estimate
     assumed_shape: the model whose shape `predicted_s` is for where none is known; empty where it is the model's own
     exact_sizes: text was counted with the model's tokenizer; else by bytes, which is an upper bound
@@ -101,6 +103,10 @@ class Explanation:
         values = max(len(value) for _, value, _ in rows)
         lines = [f"{self.plan}: worst case"]
         lines += [f"  {name:<{names}}  {value:>{values}}  {what}" for name, value, what in rows]
+        if self.scheduled_steps is None and self.pages_depth_first <= machine.pages:
+            lines.append(
+                f"note: more than {MAX_THREADS:,} threads, so no schedule is written out and no time predicted"
+            )
         if not self.exact_sizes:
             lines.append("note: no model is known, so text counts as its bytes, which is at least its tokens")
         if self.unbounded:
@@ -131,7 +137,10 @@ def explain(
     total, critical = bounds.total_tokens, bounds.critical_path_tokens
     schedule = None
     if bounds.pages_depth_first <= machine.pages:
-        schedule = verify_schedule(record(bounds), bounds)
+        try:
+            schedule = verify_schedule(record(bounds), bounds)
+        except PlanError:
+            schedule = None  # more threads than are written out; the bounds above hold all the same
     return Explanation(
         plan=bounds.graph.main,
         machine=machine,

@@ -52,7 +52,12 @@ from anabranch.compiler.schedule import Decode as DecodeStep
 from anabranch.compiler.scheduler import Child, Machine, Scheduler, Thread
 from anabranch.compiler.scheduler import Fork as ScheduledFork
 from anabranch.compiler.scheduler import Step as Scheduled
+from anabranch.dsl.diagnostics import Diagnostic, PlanError
 from anabranch.dsl.spec import JoinSpec
+
+MAX_THREADS = 100_000
+"""The most threads that a static schedule has, a loop's counted once: it is written out, and 100,000 take about 2 s and
+150 MB. A run is not held to it, since its branches are made as they start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,11 @@ class _Group:
 
 
 def record(bounds: Bounds) -> Schedule:
-    """The static schedule of the worst case. Raises ValueError if the pool is smaller than the depth-first peak."""
+    """The static schedule of the worst case.
+
+    Raises ValueError if the pool is smaller than the depth-first peak, and PlanError `schedule-too-large`, without a
+    source, for a plan of more than `MAX_THREADS` threads.
+    """
     recorder = _Recorder(bounds)
     clock = _Clock(recorder, bounds.machine)
     main = bounds.plan_bounds(bounds.graph.main)
@@ -163,6 +172,7 @@ class _Recorder:
         self.bounds = bounds
         self.page_size = bounds.machine.page_size
         self.num_threads = 0
+        self.num_spawned = 0
         self.num_segments = 0
         self.pages = 0
         self.pages_peak = 0
@@ -218,6 +228,20 @@ class _Recorder:
             run.pages = 0
         if segments:
             steps.append(Free(runs(sorted(segments))))
+
+    def make_room(self, threads: int) -> None:
+        """Refuse to write out so many more threads where that makes too many."""
+        self.num_spawned += threads
+        if self.num_spawned >= MAX_THREADS:
+            main = self.bounds.plan_bounds(self.bounds.graph.main).plan
+            raise PlanError(
+                Diagnostic(
+                    "schedule-too-large",
+                    f"the static schedule of `{main.name}` has more than {MAX_THREADS:,} threads",
+                    main.span,
+                    help="the plan may run all the same; to see a schedule, lower its widths",
+                )
+            )
 
     # --- walks
 
@@ -416,6 +440,7 @@ class _Clock:
 
     def _spawn(self, run: _Run, request: _Spawn) -> None:
         assert run.thread is not None
+        self.recorder.make_room(sum(kind.count for kind in request.kinds))
         self.recorder.seal(run)
         self._leave_lane(run)
         ends = list(accumulate(kind.count for kind in request.kinds))

@@ -292,7 +292,7 @@ def check_head(document: Any, kind: str, others: Collection[str]) -> None:
     """What every schedule file begins with. Raises PlanError `bad-schedule`."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise bad_schedule(f'it has no `"format": "{FORMAT}"`')
-    if document.get("version") != VERSION or document.get("kind") != kind:
+    if type(document.get("version")) is not int or document["version"] != VERSION or document.get("kind") != kind:
         raise bad_schedule(f"only version {VERSION} of kind `{kind}` is read here")
     known = {"format", "version", "kind", *others}
     if set(document) != known:

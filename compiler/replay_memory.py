@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anabranch.compiler.recording import Kinds, Read
-from anabranch.compiler.replay_plan import DRAWN, KNOWN, LOST, Thread
 from anabranch.compiler.replay_rules import fault
+from anabranch.compiler.replay_threads import DRAWN, GENERATED, LITERAL, LOST, Thread
 from anabranch.compiler.replay_views import Segment, View, check_reads, in_order, merged
 from anabranch.compiler.scheduler import Machine
 
@@ -52,6 +52,8 @@ class Memory:
         self._written_by(segment, thread)
         if len(segment.pages) != segment.num_needed():
             fault("pages-as-needed", f"{segment} has {len(segment.pages)} pages for {segment.length} tokens")
+        if thread.must_go_on and (thread.status is None or thread.pinned):
+            fault("flush-then-seal", f"the last token of {thread} was not flushed, and {segment} is sealed after it")
         segment.sealed = True
         thread.segment, thread.must_seal = None, False
         self._gain(thread, [(segment, 0)])
@@ -127,6 +129,7 @@ class Memory:
             for index, token in enumerate(taken, segment.length):
                 segment.seen.setdefault(index, set()).add(token)
         thread.position -= count
+        thread.must_go_on = False
 
     def lose(self, thread: Thread) -> None:
         """The thread's open segment is emptied, its pages go back, and its tokens are to be fed again."""
@@ -245,9 +248,10 @@ class Memory:
                 segment.ids.extend(part)
 
     def _check_kind(self, thread: Thread, segment: Segment, what: int, kind: str, ids: Sequence[int]) -> None:
+        thread.must_seal = kind == "flush"
+        thread.must_go_on = kind == "decode"
         if what == DRAWN:
             good = kind == "decode" or (kind == "flush" and len(ids) == 1)
-            thread.must_seal = kind == "flush"
         elif what == LOST:
             good = kind == "recompute"
             thread.lost -= len(ids)
@@ -255,9 +259,9 @@ class Memory:
             seen = (segment.seen.get(index, ()) for index in range(segment.length, segment.length + len(ids)))
             good = all(token in before for token, before in zip(ids, seen, strict=True))
         else:
-            good = kind in ("prefill", "reprefill")
+            good = (kind == "prefill" and what != GENERATED) or (kind == "reprefill" and what != LITERAL)
         if not good:
-            stood = {DRAWN: "drawn", LOST: "lost", KNOWN: "known"}[what]
+            stood = ("literal", "known", "generated", "drawn", "lost")[what]
             fault("kind-of-row", f"{len(ids)} {stood} tokens of {thread} are fed as `{kind}`")
         self.recomputed += len(ids) if kind == "recompute" else 0
 

@@ -1,16 +1,10 @@
-"""Threads of a replayed schedule, and how they walk their plan's graph: nodes, rounds, arms, forks and joins.
+"""How threads of a replayed schedule walk their plan's graph: nodes, rounds, arms and forks.
 
 What only values decide is taken as it is: which arm of a condition, how many rounds of a loop with `until`, how wide a
-fork under `upto` is, which branch a vote chose.
+fork under `upto` is.
 """
 
 from __future__ import annotations
-
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
-from typing import Final, TypeAlias
 
 from anabranch.compiler.graph import (
     Call,
@@ -23,220 +17,15 @@ from anabranch.compiler.graph import (
     Map,
     Need,
     Node,
-    PlanGraph,
     Reduce,
-    Region,
     Return,
+    Write,
 )
 from anabranch.compiler.replay_rules import fault
-from anabranch.compiler.replay_views import Segment, View
+from anabranch.compiler.replay_threads import GENERATED, KNOWN, LITERAL, Branches, Frame, Thread
 from anabranch.compiler.schedule import Ref
-from anabranch.dsl.spec import ChoiceType, JoinSpec, Limits
-
-KNOWN: Final = 0
-DRAWN: Final = 1
-LOST: Final = 2
-
-Split: TypeAlias = Fork | Map | Reduce | Call
-
-
-class Unfed:
-    """A thread's tokens that are not fed yet, in order, as runs of one kind."""
-
-    __slots__ = ("_runs", "size")
-
-    def __init__(self) -> None:
-        self._runs: deque[tuple[int, Sequence[int]]] = deque()
-        self.size = 0
-
-    def push(self, kind: int, ids: Sequence[int]) -> None:
-        if ids:
-            self._runs.append((kind, ids))
-            self.size += len(ids)
-
-    def push_front(self, kind: int, ids: Sequence[int]) -> None:
-        if ids:
-            self._runs.appendleft((kind, ids))
-            self.size += len(ids)
-
-    def take(self, count: int) -> Iterator[tuple[int, Sequence[int]]]:
-        """The next `count` tokens, as runs; there are so many."""
-        self.size -= count
-        while count:
-            kind, ids = self._runs.popleft()
-            if len(ids) > count:
-                self._runs.appendleft((kind, ids[count:]))
-                ids = ids[:count]
-            count -= len(ids)
-            yield kind, ids
-
-    def drop(self, count: int) -> None:
-        """Forget the last `count`; there are so many."""
-        self.size -= count
-        while count:
-            kind, ids = self._runs.pop()
-            if len(ids) > count:
-                self._runs.append((kind, ids[: len(ids) - count]))
-                return
-            count -= len(ids)
-
-    def begins_with(self, ids: Sequence[int]) -> bool:
-        """Whether the next tokens are known ones, and these."""
-        at = 0
-        for kind, run in self._runs:
-            if at == len(ids):
-                break
-            part = ids[at : at + len(run)]
-            if kind != KNOWN or tuple(run[: len(part)]) != tuple(part):
-                return False
-            at += len(part)
-        return at == len(ids)
-
-
-class Frame:
-    """A region on its way. owner: the loop or condition that it stands in; number: the round."""
-
-    __slots__ = ("number", "owner", "place", "region")
-
-    def __init__(self, region: Region, owner: Loop | Cond | None) -> None:
-        self.region = region
-        self.owner = owner
-        self.place = 0
-        self.number = -1
-
-
-class Thread:
-    """A context and its place in its plan.
-
-    position: of its next token; the unfed ones come before it
-    gained: segments that entered its view since it began, with their shifts
-    logits_at: the position after the token whose logits are at hand, if any are
-    watchers: branches that see what it sees, and run or have such branches themselves
-    pinned: it ended ok, and its join, not yet read, may stitch it
-    decoded: tokens drawn in it and in its branches that ended; path: on the longest chain to where it is
-    """
-
-    __slots__ = (
-        "attempt", "decoded", "depth", "drawn", "drew", "ended_at", "expects", "fork", "forked", "frames", "fresh",
-        "gained", "index", "live", "logits_at", "lost", "must_seal", "node", "number", "parent", "path",
-        "path_tokens", "pinned", "plan", "position", "reduced", "run", "seat", "segment", "status", "stitching",
-        "unfed", "view", "watchers",
-    )  # fmt: skip
-
-    def __init__(self, number: int, run: int, path: tuple[str, ...], plan: PlanGraph, region: Region) -> None:
-        self.number = number
-        self.run = run
-        self.path = path
-        self.plan = plan
-        self.parent: Thread | None = None
-        self.fork: Branches | None = None
-        self.index = self.attempt = self.depth = 0
-        self.fresh = True
-        self.view: View | None = None
-        self.segment: Segment | None = None
-        self.position = 0
-        self.unfed = Unfed()
-        self.lost = 0
-        self.must_seal = False
-        self.logits_at: int | None = None
-        self.gained: list[tuple[Segment, int]] = []
-        self.status: str | None = None
-        self.live = self.watchers = 0
-        self.pinned = False
-        self.frames = [Frame(region, None)]
-        self.node: Node | None = None
-        self.expects = ""
-        self.drawn = self.decoded = self.path_tokens = 0
-        self.forked: Branches | None = None
-        self.reduced: frozenset[int] | None = None
-        self.stitching: tuple[Thread, ...] = ()
-        self.seat = self.drew = self.ended_at = -1
-
-    @property
-    def fed(self) -> int:
-        """The position of the next token that it feeds."""
-        return self.position - self.unfed.size
-
-    @property
-    def here(self) -> tuple[str, ...]:
-        """Its path, with the rounds of the loops that it is in."""
-        rounds = (f"{f.owner.site}[{f.number}]" for f in self.frames if isinstance(f.owner, Loop))
-        return (*self.path, *rounds)
-
-    def sees(self) -> bool:
-        """Whether what it sees is needed: by itself, by a branch, or by a join that may stitch it."""
-        waited_for = self.pinned and self.parent is not None and self.parent.status is None
-        return self.status is None or self.watchers > 0 or waited_for
-
-    def __str__(self) -> str:
-        return f"thread {self.number}"
-
-
-class Branches:
-    """A fork that is open. last: each branch's last attempt, by index; live: attempts that run; closed: it was read.
-
-    before: branches of earlier levels, in a `reduce`
-    """
-
-    __slots__ = (
-        "before",
-        "closed",
-        "decoded",
-        "join",
-        "last",
-        "limits",
-        "live",
-        "node",
-        "ref",
-        "spent",
-        "starts",
-        "width",
-    )
-
-    def __init__(self, node: Split, ref: Ref, width: int, before: int) -> None:
-        self.node = node
-        self.ref = ref
-        self.width = width
-        self.before = before
-        self.limits = node.limits
-        self.join = join_of(node)
-        self.last: dict[int, Thread] = {}
-        self.spent: dict[int, int] = {}
-        self.live = self.decoded = 0
-        self.closed = False
-        self.starts = list(accumulate(arm.multiplicity for arm in node.arms)) if isinstance(node, Fork) else []
-
-    @property
-    def stitches(self) -> bool:
-        return self.join.context == "stitch"
-
-    def arm(self, index: int) -> tuple[Region | None, str | None, Limits]:
-        """A branch's region (None: another plan's), label and own limits."""
-        match self.node:
-            case Fork(arms=arms):
-                arm = arms[0] if self.node.width is not None else arms[bisect_right(self.starts, index)]
-                return arm.region, arm.label, arm.limits
-            case Map(region=region) | Reduce(region=region):
-                return region, None, Limits()
-            case Call():
-                return None, None, Limits()
-
-    def retry(self, index: int) -> int:
-        return max(self.limits.retry, self.arm(index)[2].retry)
-
-
-def join_of(node: Split) -> JoinSpec:
-    """A call is a fork of one that must succeed; each level of a `reduce` reads all its branches."""
-    match node:
-        case Fork(join=join) | Map(join=join):
-            return join
-        case Call():
-            return JoinSpec("first", 1)
-        case Reduce():
-            return JoinSpec()
-
-
-# --- nodes
+from anabranch.dsl.ast import Expr, Str
+from anabranch.dsl.spec import ChoiceType
 
 
 def enter(thread: Thread, ref: Ref) -> None:
@@ -349,6 +138,7 @@ def _may_leave_loop(frame: Frame) -> bool:
 
 
 def _leave_node(thread: Thread) -> None:
+    check_drew(thread)
     if not _may_leave_node(thread):
         site = thread.node.site if thread.node is not None else ""
         fault("waits-for-its-branches", f"{thread} goes on from `{site}` before it has done with its branches")
@@ -372,11 +162,37 @@ def _may_leave_node(thread: Thread) -> bool:
 def may_draw(thread: Thread) -> int:
     """How many tokens the thread may still draw at its node."""
     node = thread.node
-    if not isinstance(node, Decode) or node.spec.recorded is not None:
-        return 0
-    if isinstance(node.spec.type, ChoiceType) and node.spec.type.by == "logprob":
-        return 0
-    return node.spec.max_tokens - thread.drawn
+    return node.spec.max_tokens - thread.drawn if isinstance(node, Decode) and _samples(node) else 0
+
+
+def kind_of_text(thread: Thread) -> int:
+    """What is known of tokens that the thread writes now."""
+    match thread.node:
+        case Write(value=value):
+            return LITERAL if _is_literal(value) else KNOWN
+        case Decode(prompt=prompt, spec=spec):
+            return LITERAL if _is_literal(prompt) and _is_literal(spec.recorded) else KNOWN
+        case Fork() | Map():
+            # Before the fork the assistant's turn may be opened; after the join the text of branches is appended.
+            return LITERAL if thread.forked is None else GENERATED
+        case _:
+            return KNOWN
+
+
+def _is_literal(value: Expr | None) -> bool:
+    return value is None or (isinstance(value, Str) and all(isinstance(part, str) for part in value.parts))
+
+
+def check_drew(thread: Thread) -> None:
+    """A gen that samples ends by a token that it drew: the last one, a stop, or the end of the turn."""
+    node = thread.node
+    if isinstance(node, Decode) and _samples(node) and not thread.drawn:
+        fault("draws-of-the-gen", f"{thread} goes on from `{node.site}` without having drawn a token")
+
+
+def _samples(node: Decode) -> bool:
+    is_scored = isinstance(node.spec.type, ChoiceType) and node.spec.type.by == "logprob"
+    return node.spec.recorded is None and not is_scored
 
 
 # --- forks
@@ -486,124 +302,10 @@ def end_branch(thread: Thread) -> None:
     parent.decoded += thread.decoded
     spent = branches.spent.get(thread.index, 0) + thread.decoded
     branches.spent[thread.index] = spent
+    branches.ranks[thread.index] = branches.ranks.get(thread.index, 0) + thread.rank
     own = branches.arm(thread.index)[2].budget
     if own is not None and spent > own:
         fault("budget-kept", f"branch {thread.index} of {branches.ref} drew {spent} tokens, and may draw {own}")
     whole = branches.limits.budget
     if whole is not None and branches.decoded > whole:
         fault("budget-kept", f"the branches of {branches.ref} drew {branches.decoded} tokens, and may draw {whole}")
-
-
-# --- joins
-
-
-def join(thread: Thread, ref: Ref, ok: tuple[int, ...], winners: tuple[int, ...], failed: bool, ordered: bool) -> None:
-    """The thread reads a join. ordered: branches count in order of (tokens decoded, index)."""
-    branches = thread.forked
-    if branches is None or branches.closed or branches.ref != ref:
-        fault("waits-for-its-branches", f"{thread} reads the join of {ref}, where it does not wait")
-    _check_ok(branches, ok, ordered)
-    _check_closed(branches, len(ok))
-    _check_verdict(branches, ok, failed)
-    _check_winners(branches, ok, winners, failed)
-    branches.closed = True
-    longest = max((last.path_tokens for last in branches.last.values()), default=0)
-    thread.path_tokens = max(thread.path_tokens, longest)
-    chosen = set(winners)
-    for index, last in branches.last.items():
-        if index not in chosen or not branches.stitches:
-            last.pinned = False
-    if branches.stitches:
-        thread.stitching = tuple(branches.last[index] for index in winners)
-    if failed and isinstance(branches.node, Reduce):
-        thread.reduced = frozenset()
-
-
-def _check_ok(branches: Branches, ok: tuple[int, ...], ordered: bool) -> None:
-    if any(a >= b for a, b in pairwise(ok)):
-        fault("winners-of-the-join", f"the branches {ok} of {branches.ref} do not ascend")
-    ended = {index for index, last in branches.last.items() if last.status == "ok"}
-    read = set(ok)
-    if not read <= ended:
-        fault("winners-of-the-join", f"branches {sorted(read - ended)} of {branches.ref} are read, and did not end ok")
-    if read == ended:
-        return
-    if branches.join.kind not in ("first", "quorum"):
-        fault("winners-of-the-join", f"branches {sorted(ended - read)} of {branches.ref} ended ok, and are not read")
-    last_read = max((_order(branches, index, ordered) for index in read), default=(-1, -1))
-    left = min(ended - read, key=lambda index: _order(branches, index, ordered))
-    if _order(branches, left, ordered) < last_read:
-        fault("order-of-ends", f"branches {ok} of {branches.ref} are read, and branch {left} ended before")
-
-
-def _order(branches: Branches, index: int, ordered: bool) -> tuple[int, int]:
-    if ordered:
-        return branches.spent.get(index, 0), index
-    # Those that ended after the same call have no order.
-    return branches.last[index].ended_at, 0
-
-
-def _check_closed(branches: Branches, num_ok: int) -> None:
-    """Whether the join may be read now. Branches that lose may have been cancelled for it already."""
-    join, ref = branches.join, branches.ref
-    running, lost, late = 0, 0, 0
-    for index, last in branches.last.items():
-        if last.status is None:
-            running += 1
-        elif last.status == "failed" and last.attempt < branches.retry(index):
-            continue
-        elif last.status in ("failed", "truncated", "late"):
-            lost += 1
-            late += last.status == "late"
-    has_deadline = branches.limits.deadline_s is not None
-    if late and not has_deadline:
-        fault("joined-when-permitted", f"branches of {ref} ended late, which has no deadline")
-    # Those that run, have yet to start, or were cancelled.
-    rest = branches.width - num_ok - lost
-    if rest == 0 or (has_deadline and not running):
-        return
-    match join.kind:
-        case "first":
-            done = num_ok >= (join.count or 0) or num_ok + rest < (join.count or 0)
-        case "quorum":
-            done = num_ok >= (join.count or 0) or min(num_ok, 1) + rest < (join.count or 0)
-        case _:
-            done = False
-    if not done:
-        fault(
-            "joined-when-permitted", f"the join of {ref} is read while {rest} of {branches.width} branches are not over"
-        )
-
-
-def _check_verdict(branches: Branches, ok: tuple[int, ...], failed: bool) -> None:
-    join = branches.join
-    match join.kind:
-        case "all":
-            needs = branches.width if join.count is None else join.count
-        case "first" | "quorum":
-            needs = join.count or 0
-        case _:
-            needs = 1
-    if not failed and len(ok) < needs:
-        fault("joined-when-permitted", f"the join of {branches.ref} needs {needs} branches and yields of {len(ok)}")
-    by_values = join.kind in ("quorum", "best") or (join.kind == "vote" and join.by == "number")
-    if failed and len(ok) >= needs and not by_values:
-        fault("joined-when-permitted", f"the join of {branches.ref} needs {needs} branches and fails with {len(ok)}")
-
-
-def _check_winners(branches: Branches, ok: tuple[int, ...], winners: tuple[int, ...], failed: bool) -> None:
-    join = branches.join
-    if failed or join.context == "drop":
-        expected: int | None = 0
-    elif join.kind == "first":
-        expected = join.count
-    elif join.kind == "all" or join.context == "text":
-        expected = len(ok)
-    else:
-        expected = 1
-    ascending = all(a < b for a, b in pairwise(winners))
-    if len(winners) != expected or not ascending or not set(winners) <= set(ok):
-        fault(
-            "winners-of-the-join",
-            f"the winners of {branches.ref} are {winners}, and must be {expected} of {ok} in ascending order",
-        )

@@ -28,7 +28,7 @@ Sources: Liu 1986 (the order of children when the pool is tight), Graham 1969 an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil
@@ -230,11 +230,20 @@ class Scheduler:
         heappush(self._queue, (thread.plan, thread))
         return thread
 
-    def fork(self, parent: Thread, children: Sequence[Child], *, base: int, limit: int | None = None) -> Fork:
+    def fork(
+        self,
+        parent: Thread,
+        children: Sequence[Child],
+        *,
+        base: int,
+        limit: int | None = None,
+        only: Collection[int] | None = None,
+    ) -> Fork:
         """`parent` (seated, without work) waits for `children`.
 
         base: pages that the parent holds now, which its reservation includes
         limit: how many children may run at once
+        only: the children that start, if not all; the pages of all are reckoned with
         """
         self._leave(parent)
         parent.state = "waiting"
@@ -243,6 +252,8 @@ class Scheduler:
         parent.forks.append(fork)
         if children:
             self._plan_pages(fork, base)
+            if only is not None:
+                fork.starts = [index for index in fork.starts if index in only]
             self._offer(fork)
         return fork
 
@@ -417,6 +428,15 @@ class Scheduler:
         else:
             fork.returning.append(thread)
             self._offer(fork)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether something could start or go on but for pages, for a lane, or for the policy."""
+        if any(_still_waits(waits) for waits in (*self._short, *(entry[-1] for entry in self._waiting))):
+            return True
+        if any(guest.state == "parked" for guest in self._guests):
+            return True
+        return any(thread.state != "ended" for _, thread in self._queue)
 
     @property
     def seated(self) -> Sequence[Thread]:

@@ -15,6 +15,7 @@ from anabranch.compiler.sizes import Sizes
 from anabranch.compiler.verify_schedule import verify_schedule
 from anabranch.dsl.ast import Program
 from anabranch.dsl.check import Target
+from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.printer import dump_ast, print_plan
 
 Stage: TypeAlias = Literal["ast", "graph", "schedule"]
@@ -34,7 +35,8 @@ def show(
     """The program at `stage`; all its plans for `ast`, and what plan `name` needs (the last when None) for the others.
 
     functions: names of the host's functions; target, machine, sizes, inputs: as for `compile_plan` and `Compiled`
-    Raises PlanError (`pool-too-small` where `machine` cannot hold the plan), and KeyError for an unknown name.
+    Raises PlanError (`pool-too-small` where `machine` cannot hold the plan, `schedule-too-large` for one of too many
+    threads), and KeyError for an unknown name.
     """
     if stage == "ast":
         return dump_ast(program)
@@ -65,4 +67,8 @@ def schedule_of(
 
 def _recorded(compiled: Compiled, machine: Machine, sizes: Sizes | None, inputs: Mapping[str, Any] | None) -> Schedule:
     bounds = compiled.check_bounds(compiled.bounds_on(machine, sizes, inputs), machine)
-    return verify_schedule(record(bounds), bounds)
+    try:
+        schedule = record(bounds)
+    except PlanError as error:
+        raise PlanError(error.diagnostics, compiled.program.source) from None
+    return verify_schedule(schedule, bounds)

@@ -37,12 +37,14 @@ from anabranch.compiler.graph import (
 from anabranch.dsl import ast
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.spec import ChoiceType, FloatType, IntType, JoinSpec, Limits
-from anabranch.dsl.values import render
+from anabranch.dsl.types import MAX_PARTS
+from anabranch.dsl.values import MAX_NESTING, MAX_TEXT, EvaluationError, render
 
 Role: TypeAlias = Literal["user", "system", "assistant"]
 
 AGAIN = 8  # tokens that a generated value may take more when it is encoded again
 NUMBER = 24  # tokens of a computed number: every float's repr, and ints below 10**24
+KNOWN = 1_000  # values in a list that is worked out here; `[x, x]` over and over doubles, and larger ones are counted
 HOST = 512  # tokens of what a host function returns: it states no bound, and a plan must have one
 BOOL = 5  # tokens of `false`, byte by byte
 
@@ -206,6 +208,22 @@ class _Value:
     fields: Mapping[str, _Value] | None = None
     number: bool = False
     known: tuple[Any, ...] = ()
+    parts: int = field(init=False, compare=False, repr=False, default=1)
+    nesting: int = field(init=False, compare=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        inner = [] if self.item is None else [self.item]
+        if self.fields is not None:
+            inner += self.fields.values()
+        parts = 1 + sum(value.parts for value in inner)
+        nesting = 1 + max((value.nesting for value in inner), default=-1)
+        if parts > MAX_PARTS or nesting > MAX_NESTING:
+            # A few lines can make a value of more parts than could be gone through: what is inside counts as the whole.
+            object.__setattr__(self, "item", None)
+            object.__setattr__(self, "fields", None)
+            parts, nesting = 1, 0
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "nesting", nesting)
 
     def again(self) -> Amount:
         """Tokens that count as fed again where the whole value is interpolated: all of them if any came out of the
@@ -680,7 +698,8 @@ class _Walk:
             case ast.List(items=items):
                 values = [self._value(item, scope) for item in items]
                 tokens, generated = _sum(values)
-                known = (tuple(v.known[0] for v in values),) if all(v.known for v in values) else ()
+                items_known = tuple(v.known[0] for v in values if v.known)
+                known = (items_known,) if len(items_known) == len(values) and _is_small(items_known) else ()
                 between = max(0, len(values) - 1)
                 return _Value(tokens + between, generated, _union(values) if values else None, known=known)
             case ast.Unary(op="!"):
@@ -726,10 +745,8 @@ class _Walk:
 
     def _string(self, parts: Sequence[str | ast.Expr], scope: _Scope) -> _Value:
         values = [part if isinstance(part, str) else self._value(part, scope) for part in parts]
-        if all(isinstance(value, str) or value.known for value in values):
-            pieces = tuple(
-                (value, True) if isinstance(value, str) else (render(value.known[0]), False) for value in values
-            )
+        pieces = _known_pieces(values)
+        if pieces is not None:
             return _Value(Amount(self._count(pieces)), known=("".join(text for text, _ in pieces),))
         inner = [value for value in values if isinstance(value, _Value)]
         tokens, _ = _sum(inner)
@@ -743,7 +760,12 @@ class _Walk:
         if isinstance(value, list | tuple):
             item = replace(_union([self._known(each) for each in value]), known=()) if value else _NONE
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return _Value(Amount(self._count(((render(value), False),))), ZERO, item, number=number, known=(value,))
+        try:
+            tokens = Amount(self._count(((render(value), False),)))
+        except EvaluationError:
+            # Too large to be written: a branch that tries fails before it feeds anything. Its items may be small.
+            tokens = ZERO
+        return _Value(tokens, ZERO, item, number=number, known=(value,))
 
     def _list_of(self, item: _Value, count: int) -> _Value:
         return _Value(
@@ -773,6 +795,38 @@ class _Walk:
 
     def _feed(self, dst: Ctx, rows: Amount, generated: Amount = ZERO) -> None:
         self._at.append((dst, rows, generated, ZERO, [], 0))
+
+
+def _known_pieces(values: Sequence[str | _Value]) -> tuple[Piece, ...] | None:
+    """The text of a string's parts; None if some part is not known, or the whole is too large to be written."""
+    pieces: list[Piece] = []
+    length = 0
+    for value in values:
+        if isinstance(value, str):
+            pieces.append((value, True))
+        elif value.known:
+            try:
+                pieces.append((render(value.known[0]), False))
+            except EvaluationError:
+                return None
+        else:
+            return None
+        length += len(pieces[-1][0])
+        if length > MAX_TEXT:
+            return None
+    return tuple(pieces)
+
+
+def _is_small(values: Sequence[Any]) -> bool:
+    """Whether there are at most `KNOWN` values in `values`, with those inside them."""
+    waiting, seen = [values], 0
+    while waiting:
+        inside = waiting.pop()
+        seen += len(inside)
+        if seen > KNOWN:
+            return False
+        waiting.extend(value for value in inside if isinstance(value, tuple | list))
+    return True
 
 
 def levels(count: int, by: int) -> int:
@@ -823,7 +877,7 @@ def _union(values: Sequence[_Value]) -> _Value:
 
 def _either(a: _Value, b: _Value) -> _Value:
     """What holds of a value that is one of the two."""
-    if a == b:
+    if a is b or a == b:
         return a
     fields = None
     if a.fields is not None and b.fields is not None:

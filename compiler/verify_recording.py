@@ -22,22 +22,22 @@ from anabranch.compiler.bounds import Bounds, steps_bound
 from anabranch.compiler.json_values import bad_schedule
 from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.recording import Recording, Source, Step
+from anabranch.compiler.replay_joins import join
 from anabranch.compiler.replay_memory import Memory
 from anabranch.compiler.replay_plan import (
-    DRAWN,
-    KNOWN,
-    Thread,
     at_end,
     begin_branch,
     begin_round,
+    check_drew,
     end_branch,
     enter,
     fork,
-    join,
+    kind_of_text,
     may_draw,
     take_arm,
 )
 from anabranch.compiler.replay_rules import RULES, Fault, fault
+from anabranch.compiler.replay_threads import DRAWN, Thread
 from anabranch.compiler.sizes import Sizes
 from anabranch.dsl.parse import parse_text
 
@@ -136,6 +136,9 @@ class _Replay:
         self.running = self.orphans = self.calls = self.tokens = 0
         self.began_late = False
         self.rows: Counter[str] = Counter()
+        self.idle: set[int] = set()
+        self.waiting = self.startable = 0
+        self.held_back = False
         self.losses = 0
 
     def step(self, step: Step) -> None:
@@ -163,7 +166,7 @@ class _Replay:
             case rec.Trim(thread, count):
                 self._trim(self._thread(thread), count)
             case rec.Forked(thread, node, width):
-                fork(self._acting(thread), node, width)
+                self._forked(self._acting(thread), node, width)
             case rec.Joined(thread, node, ok, winners, failed):
                 self._joined(self._thread(thread), node, ok, winners, failed)
             case rec.Stitch(thread, winners):
@@ -228,7 +231,10 @@ class _Replay:
             if parent.run != step.run:
                 fault("known-names", f"thread {step.thread} of run {step.run} is a branch of {parent}, of {parent.run}")
             graph = self.compiled[step.run].graph
+            branches = parent.forked
+            self.startable -= branches.startable if branches is not None else 0
             thread = begin_branch(graph, step.thread, parent, step.fork, step.index, step.path, step.fresh)
+            self.startable += parent.forked.startable if parent.forked is not None else 0
             if not step.fresh:
                 self._inherit(thread, parent)
         self.threads.append(thread)
@@ -237,7 +243,7 @@ class _Replay:
     def _root(self, step: rec.Begin) -> Thread:
         if not 0 <= step.run < len(self.compiled) or step.run in self.roots:
             fault("known-names", f"thread {step.thread} begins run {step.run}, which is not there or has begun")
-        if step.parent is not None or step.fork is not None or not step.fresh:
+        if step.parent is not None or step.fork is not None or step.index or not step.fresh:
             fault("known-names", f"thread {step.thread} begins run {step.run} and is a branch, or sees something")
         if step.path:
             fault("path-of-the-branch", f"thread {step.thread} begins run {step.run} at {step.path}, not at its root")
@@ -258,6 +264,11 @@ class _Replay:
             fault("over-is-over", f"{thread} ended {thread.status}, and ends {status}")
         if status == "ok":
             self._acting(thread.number)
+            if thread.must_seal:
+                fault("flush-then-seal", f"{thread} ends after a flushed token, which nothing sealed")
+            if thread.must_go_on:
+                fault("kind-of-row", f"the last token of {thread} was fed so that it can go on, and it ends")
+            check_drew(thread)
             if not at_end(thread):
                 fault("ends-at-its-end", f"{thread} ends ok, and its plan goes on")
         branches = thread.fork
@@ -266,22 +277,35 @@ class _Replay:
         self.running -= 1
         if thread.forked is not None and not thread.forked.closed:
             self.orphans += thread.forked.live
+            self.waiting -= 1
+            self.startable -= thread.forked.startable
+            thread.forked.closed = True
         if branches is not None and thread.parent is not None:
             if branches.closed or thread.parent.status is not None:
                 self.orphans -= 1
             thread.pinned = status == "ok" and branches.stitches and not branches.closed
+        self.startable -= branches.startable if branches is not None else 0
         end_branch(thread)
+        self.startable += branches.startable if branches is not None else 0
         # A thread that has ended sees nothing more once none of its branches does.
         while thread.status is not None and not thread.watchers and not thread.fresh and thread.parent is not None:
             thread = thread.parent
             thread.watchers -= 1
+
+    def _forked(self, thread: Thread, node: tuple[str, int], width: int) -> None:
+        fork(thread, node, width)
+        self.waiting += 1
+        self.startable += thread.forked.startable if thread.forked is not None else 0
 
     def _joined(
         self, thread: Thread, node: tuple[str, int], ok: tuple[int, ...], winners: tuple[int, ...], failed: bool
     ) -> None:
         if thread.status is not None:
             fault("over-is-over", f"{thread} ended {thread.status}, and reads a join")
+        before = thread.forked.startable if thread.forked is not None else 0
         join(thread, node, ok, winners, failed, self.recording.deterministic)
+        self.waiting -= 1
+        self.startable -= before
         self.orphans += thread.forked.live if thread.forked is not None else 0
 
     def _stitch(self, thread: Thread, winners: tuple[int, ...]) -> None:
@@ -298,7 +322,8 @@ class _Replay:
             fault("in-order", f"{thread} writes where {thread.expects} must come")
         if not ids or min(ids) < 0:
             fault("known-names", f"{thread} writes {ids}, which are no tokens")
-        thread.unfed.push(KNOWN, ids)
+        thread.unfed.push(kind_of_text(thread), ids)
+        thread.must_go_on = False
         thread.position += len(ids)
 
     def _token(self, thread: Thread, token: int) -> None:
@@ -310,11 +335,16 @@ class _Replay:
         if thread.seat != self.calls or thread.drew == self.calls:
             why = "draws twice" if thread.drew == self.calls else "has no seat"
             fault("draw-has-a-seat", f"{thread} {why} in the last call")
+        if thread.must_seal:
+            fault("flush-then-seal", f"{thread} draws on after a flushed token")
         if thread.unfed.size or thread.logits_at != thread.position:
             fault("logits-at-hand", f"{thread} draws, and the logits of its last token are not at hand")
         thread.drew = self.calls
+        thread.must_go_on = False
+        self.idle.discard(thread.number)
         thread.drawn += 1
         thread.decoded += 1
+        thread.rank += 1
         thread.path_tokens += 1
         self.tokens += 1
         thread.unfed.push(DRAWN, (token,))
@@ -339,6 +369,7 @@ class _Replay:
     # --- calls
 
     def _call(self, call: rec.Call) -> None:
+        self._check_idle()
         self.calls += 1
         if self.orphans:
             fault("losers-stop", f"{self.orphans} branches run on after their join was read, or their parent ended")
@@ -351,6 +382,7 @@ class _Replay:
             if thread.seat == self.calls:
                 fault("lanes", f"{thread} holds two seats")
             thread.seat = self.calls
+        self.idle = set(call.seats)
         fed: set[int] = set()
         rows = 0
         for block in call.blocks:
@@ -362,6 +394,9 @@ class _Replay:
             for kind, count in block.kinds:
                 self.rows[kind] += count
                 rows += count if kind in ("prefill", "reprefill", "recompute") else 0
+        is_full = len(call.seats) == self.machine.lanes or rows >= self.machine.chunk
+        if not is_full and (self.startable or self.running - self.waiting > len(call.seats)):
+            self.held_back = True
         if rows > self.machine.chunk:
             fault("chunk", f"a call feeds {rows} rows beside sampled tokens, and the chunk is {self.machine.chunk}")
 
@@ -372,17 +407,27 @@ class _Replay:
             self._not_waiting(thread)
             if thread.seat != self.calls:
                 fault("lanes", f"{thread} feeds rows without a seat")
+            self.idle.discard(number)
             return thread
         parent = thread.parent
-        if not thread.pinned or parent is None or thread not in parent.stitching:
+        # Once the join is read, it is the winners that are pinned.
+        if not thread.pinned or parent is None or not parent.stitching:
             fault("over-is-over", f"{thread} ended {thread.status}, and feeds rows")
         if parent.seat != self.calls:
             fault("lanes", f"{thread} feeds rows for its join, and {parent} holds no seat")
+        self.idle.discard(parent.number)
         return thread
+
+    def _check_idle(self) -> None:
+        # A thread may be stopped instead: cancelled, or failed since no token fits the type of its gen.
+        idle = [number for number in self.idle if self.threads[number].status in (None, "ok")]
+        if idle:
+            fault("seats-work", f"thread {min(idle)} held a seat in the call before, and did nothing with it")
 
     # --- the end
 
     def end(self) -> None:
+        self._check_idle()
         if len(self.roots) != len(self.compiled):
             fault("all-over", f"{len(self.compiled) - len(self.roots)} runs have not begun")
         if self.running:
@@ -402,7 +447,7 @@ class _Replay:
             return
         widest = sum(bound.pages_full_width for bound in bounds)
         self._within("pages", self.memory.peak, min(widest, self.machine.pages))
-        if self.memory.swaps or self.losses or widest > self.machine.pages:
+        if self.held_back or self.memory.swaps or self.losses or widest > self.machine.pages:
             return
         if self.began_late:
             most = sum(bound.steps_bound(self.machine) for bound in bounds)

@@ -58,7 +58,7 @@ from anabranch.dsl.scope import RESERVED, Binding, PlanNames, Scope, bound_name
 from anabranch.dsl.spec import SAMPLING, JoinSpec, Limits, TextType
 from anabranch.dsl.target import Target
 from anabranch.dsl.types import ANY, BOOL, INT, TEXT, AnyType, ListOf, Type, show
-from anabranch.dsl.worst import NOTHING, Worst, reduce_groups
+from anabranch.dsl.worst import MAX_DECODED, MAX_NESTED, MAX_STATEMENTS, NOTHING, ONE_STATEMENT, Worst, reduce_groups
 
 __all__ = ["Checked", "Target", "check"]
 
@@ -144,6 +144,7 @@ class _Checker:
         self.params: dict[str, tuple[Type, ...]] = {}
         self.most: dict[int, int] = {}
         self.worst_tokens: dict[str, int] = {}
+        self._called: dict[str, Worst] = {}
         self._plans = {plan.name: plan for plan in reversed(program.plans)}
         self._plan_names = frozenset(self._plans)
         self._others = self._plan_names | functions
@@ -204,7 +205,8 @@ class _Checker:
         if options.budget is not None:
             self._budget_below(plan.options, options.budget, total)
             total = min(total, options.budget)
-        self.worst_tokens.setdefault(plan.name, total)
+        self._plan_size(plan, total, worst.total_statements(self._depth), worst.total_nested(self._depth))
+        self.worst_tokens.setdefault(plan.name, total if total <= MAX_DECODED else 0)
         self.value_types.setdefault(plan.name, value)
         for binding, span, what in self._joins:
             if binding is None or not binding.used:
@@ -216,6 +218,25 @@ class _Checker:
                     help="use the value, join with `text` or `stitch`, or remove it",
                 )
 
+    def _plan_size(self, plan: PlanDef, tokens: int, statements: int, nested: int) -> None:
+        """Refuse a plan whose worst case no machine would come to the end of; callers of such a plan are not told."""
+        found = ""
+        if tokens > MAX_DECODED:
+            found = f"may decode {_count(tokens)} tokens, and at most {MAX_DECODED:,} are allowed"
+            help = "lower its widths, rounds or `max`, or give it a `budget`"
+        elif statements > MAX_STATEMENTS:
+            found = f"may carry out {_count(statements)} statements, and at most {MAX_STATEMENTS:,} are allowed"
+            help = "lower its widths, rounds, depth or retries: those of nested statements multiply"
+        elif nested > MAX_NESTED:
+            found = f"may nest {_count(nested)} blocks and calls deep, and at most {MAX_NESTED:,} are allowed"
+            help = "lower its `depth`, or let fewer plans call one another"
+        if found:
+            span = self.report.name_span(plan.span, plan.name)
+            self.report.error("plan-too-large", f"the plan `{plan.name}` {found}", span, help=help)
+            statements = nested = 0
+        # One more deep than the plan: the call.
+        self._called.setdefault(plan.name, Worst(statements=statements, nested=nested + 1))
+
     def _thread(self, body: Block, scope: Scope, budget: int | None) -> tuple[Type, Worst]:
         """Walk the body of a plan or branch: the type of its value, and the most it decodes."""
         self._threads.append(_Thread(budget, []))
@@ -226,7 +247,7 @@ class _Checker:
         value = returns[0]
         for other in returns[1:]:
             value = types.merge(value, other)
-        return value, worst
+        return types.bounded(value), worst
 
     def _block(self, block: Block, scope: Scope) -> Worst:
         worst = NOTHING
@@ -237,7 +258,7 @@ class _Checker:
                     "unreachable", "this is never reached: a `return` comes before it", self.report.head(stmt.span)
                 )
                 told = True
-            worst += self._statement(stmt, scope)
+            worst += ONE_STATEMENT + self._statement(stmt, scope)
             over = over or self._ends(stmt)
         return worst
 
@@ -493,7 +514,8 @@ class _Checker:
         around = self._threads[-1].budget
         value, worst = self._thread(body, inner, around if own.budget is None else own.budget)
         names = frozenset(name for name, _ in given)
-        return Arm(body, inner, value, names, None, span, own.fresh), worst.times(1 + own.retry)
+        arm = Arm(body, inner, value, names, None, span, own.fresh)
+        return arm, worst.inside().times(1 + own.retry)
 
     def _limits(self, options: Sequence[Option], kind: str, scope: Scope, outer: int | None = None) -> Limits:
         """The options of a statement that bounds; `outer`: the budget of the fork around a branch."""
@@ -573,16 +595,16 @@ class _Checker:
             # What was rebound is seen after the loop under its first binding, which `also` leads on from.
             if scope.clash(name) is None:
                 scope.names[name] = binding
-        return worst.times(rounds)
+        return worst.inside().times(rounds)
 
     def _if(self, stmt: If, scope: Scope) -> Worst:
         self._exprs.want(stmt.cond, scope, BOOL, "the condition of `if`")
         then = Scope(scope, "arm", ("arm", id(stmt), 0))
-        worst = self._block(stmt.then, then)
+        worst = self._block(stmt.then, then).inside()
         if stmt.orelse is None:
             return worst
         orelse = Scope(scope, "arm", ("arm", id(stmt), 1))
-        worst = worst.either(self._block(stmt.orelse, orelse))
+        worst = worst.either(self._block(stmt.orelse, orelse).inside())
         for name, one in then.names.items():
             other = orelse.names.get(name)
             if other is None or scope.lookup(name) is not None:
@@ -611,10 +633,10 @@ class _Checker:
                     span,
                     help=f"write `{call.plan} = plan(..., depth=3)`",
                 )
-            worst = Worst(0, 1)
+            worst = Worst(calls=1, own_calls=1, nested=1, to_itself=1)
         elif call.plan in self.value_types:
             value = self.value_types[call.plan]
-            worst = Worst(self.worst_tokens[call.plan])
+            worst = Worst(self.worst_tokens[call.plan]) + self._called[call.plan]
         elif call.plan in self._plan_names:
             self.report.error(
                 "plan-order",
@@ -654,6 +676,10 @@ class _Checker:
         )
         self._bind(stmt, ANY, scope)
         return NOTHING
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 10**15 else "more than 10^15"
 
 
 def _place(diagnostic: Diagnostic) -> tuple[int, int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from anabranch.dsl.check_report import Report
 from anabranch.dsl.diagnostics import Span
 from anabranch.dsl.scope import RESERVED, Binding, Scope
-from anabranch.dsl.types import AnyType, ListOf, Type, show
+from anabranch.dsl.types import AnyType, ListOf, Type, bounded, show
 
 
 def define(report: Report, name: str, t: Type, span: Span, scope: Scope) -> Binding:
     """Bind `name` in `scope`; what that clashes with goes to `report`, and the name is bound all the same."""
-    binding = Binding(name, t, span)
+    binding = Binding(name, bounded(t), span)
     if name in RESERVED:
         report.error("reserved-word", f"`{name}` is a word of the language and names nothing else", span)
         scope.names[name] = binding

@@ -50,6 +50,12 @@ class Source:
         return self.text[start:end].rstrip("\r")
 
 
+_LONG_WORD = 300
+"""The longest word between backticks that is told whole, in characters: longer than any path one would type."""
+
+_QUOTED = re.compile(f"`([^`\n]{{{_LONG_WORD - 3}}})[^`\n]{{4,}}`")
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
     """One finding.
@@ -67,6 +73,13 @@ class Diagnostic:
     note: str = ""
     help: str = ""
     severity: Literal["error", "warning"] = "error"
+
+    def __post_init__(self) -> None:
+        # A name may be as long as a file, and stands in each of these.
+        for name in ("message", "note", "help"):
+            text = getattr(self, name)
+            if len(text) > _LONG_WORD:
+                object.__setattr__(self, name, _QUOTED.sub(lambda m: f"`{m[1]}...`", text))
 
     def render(self, source: Source | None) -> str:
         """The finding as plain text, with the line and carets where there is a span and a source."""

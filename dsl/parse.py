@@ -6,6 +6,7 @@ and braces only; which words are statements, and what shape each has, is decided
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -44,6 +45,8 @@ MAX_DIGITS: Final = 1000
 
 MAX_ERRORS: Final = 20
 """How many errors of one text are reported."""
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 _MAX_KEPT: Final = 1000
 """How many are kept until they are put in the order of the text."""
@@ -94,6 +97,16 @@ def parse(source: Source) -> ast.Program:
     Reading stops at the first syntax error. Statements of the wrong shape before it are reported with it, in the order
     of the text; at most `MAX_ERRORS` are.
     """
+    if (half := _SURROGATE.search(source.text)) is not None:
+        raise PlanError(
+            Diagnostic(
+                "bad-character",
+                f"this is half a character (U+{ord(half[0]):04X}), which no file can hold",
+                Span(half.start(), half.end()),
+                help="remove it: decode text from UTF-8, or UTF-16, as a whole",
+            ),
+            source,
+        )
     reader = _reader()
     with reader.lock:
         return reader.read(source)

@@ -7,6 +7,8 @@ plan without a pattern must check without it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
@@ -27,12 +29,16 @@ def check_regex(pattern: str) -> str:
     """Why `pattern` cannot be used, in a few words; "" if it can."""
     if len(pattern) > MAX_PATTERN:
         return f"it is longer than {MAX_PATTERN} characters"
-    reason = _shape(pattern)
+    reason = _no_utf8(pattern) or _shape(pattern)
     if reason:
         return reason
     from llguidance import LLMatcher
 
-    message = LLMatcher.validate_grammar(LLMatcher.grammar_from_regex(pattern), None, limits=parser_limits())
+    try:
+        with panics_told():
+            message = LLMatcher.validate_grammar(LLMatcher.grammar_from_regex(pattern), None, limits=parser_limits())
+    except EnginePanic as error:
+        return str(error)
     return _reason(message) if message else ""
 
 
@@ -41,6 +47,8 @@ def check_schema(schema: str) -> str:
     """Why the JSON schema (a JSON text) cannot be used, in a few words; "" if it can."""
     if len(schema) > MAX_SCHEMA:
         return f"it is longer than {MAX_SCHEMA} characters"
+    if reason := _no_utf8(schema):
+        return reason
     try:
         document = json.loads(schema)
     except (ValueError, RecursionError) as error:
@@ -52,11 +60,28 @@ def check_schema(schema: str) -> str:
     from llguidance import LLMatcher
 
     try:
-        grammar = LLMatcher.grammar_from_json_schema(schema)
+        with panics_told():
+            grammar = LLMatcher.grammar_from_json_schema(schema)
+            message = LLMatcher.validate_grammar(grammar, None, limits=parser_limits())
     except ValueError as error:
         return _reason(str(error))
-    message = LLMatcher.validate_grammar(grammar, None, limits=parser_limits())
     return _reason(message) if message else ""
+
+
+class EnginePanic(ValueError):
+    """llguidance met a fault of its own."""
+
+
+@contextmanager
+def panics_told() -> Iterator[None]:
+    """Raise EnginePanic for a panic in llguidance, which reaches Python as an exception that is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        # pyo3 makes the class anew in each extension and gives it no module to import it from.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise EnginePanic("the engine of token masks fails on it") from None
 
 
 class PatternTooComplex(Exception):
@@ -66,7 +91,8 @@ class PatternTooComplex(Exception):
 def full_match(pattern: str, text: str) -> bool:
     """Whether the whole of `text` matches `pattern`, in time linear in the text.
 
-    Raises ValueError if the pattern cannot be used, PatternTooComplex where a match would take too long.
+    Raises ValueError if the pattern cannot be used or the engine fails on the text, and PatternTooComplex where a match
+    would take too long.
     """
     reason = check_regex(pattern)
     if reason:
@@ -76,7 +102,8 @@ def full_match(pattern: str, text: str) -> bool:
     data = text.encode("utf-8", "surrogatepass")
     for start in range(0, len(data), _PIECE):
         piece = list(data[start : start + _PIECE])
-        taken = matcher.try_consume_tokens(piece)
+        with panics_told():
+            taken = matcher.try_consume_tokens(piece)
         if matcher.is_error():
             raise PatternTooComplex(matcher.get_error().splitlines()[0])
         if taken < len(piece):
@@ -126,6 +153,10 @@ def parser_limits() -> LLParserLimits:
         max_grammar_size=100_000,
         verbose_errors=False,
     )
+
+
+def _no_utf8(text: str) -> str:
+    return "it holds half a character, a lone surrogate" if any("\ud800" <= c <= "\udfff" for c in text) else ""
 
 
 def _shape(pattern: str) -> str:

@@ -8,7 +8,7 @@ a bound. It goes with everything; what it turns out to be is checked when it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
@@ -27,7 +27,19 @@ from anabranch.dsl.spec import (
     TextType,
     Value,
 )
-from anabranch.dsl.values import EvaluationError, checked
+from anabranch.dsl.values import MAX_NESTING, EvaluationError, checked
+
+MAX_PARTS = 4096
+"""The most parts of a type that is kept whole. Names make types of types, so a few lines can describe more values than
+there are atoms; comparing two such types would never end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Of a type: its parts, as a tree, and how deep they nest."""
+
+    parts: int
+    nesting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,10 @@ class ListOf:
 
     elem: Type
     most: int | None = field(default=None, compare=False)
+    size: _Size = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size_of([self.elem]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +85,10 @@ class Record:
     """Named values, in the order of the branches that gave them."""
 
     fields: tuple[tuple[str, Type], ...]
+    size: _Size = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size_of([t for _, t in self.fields]))
 
     def get(self, name: str) -> Type | None:
         """The type of field `name`; None where there is no such field."""
@@ -87,6 +107,22 @@ INT: Type = Int()
 FLOAT: Type = Float()
 BOOL: Type = Bool()
 ANY: Type = AnyType()
+
+_PLAIN = _Size(1, 0)
+
+
+def _size_of(inner: Sequence[Type]) -> _Size:
+    """The size of a type with these parts in it."""
+    sizes = [t.size if isinstance(t, ListOf | Record) else _PLAIN for t in inner]
+    return _Size(1 + sum(s.parts for s in sizes), 1 + max((s.nesting for s in sizes), default=0))
+
+
+def bounded(t: Type) -> Type:
+    """`t`, or less is known of it where it has more than `MAX_PARTS` parts or nests deeper than any value may."""
+    if not isinstance(t, ListOf | Record) or (t.size.parts <= MAX_PARTS and t.size.nesting <= MAX_NESTING):
+        return t
+    return ListOf(ANY, t.most) if isinstance(t, ListOf) else ANY
+
 
 _BOUNDS = ("text", "int", "float", "bool", "list")
 
@@ -196,6 +232,8 @@ def is_number(t: Type) -> bool:
 
 def fits(t: Type, into: Type) -> bool:
     """Whether a value of type `t` may stand where one of type `into` is wanted. An int fits into a float."""
+    if t is into:
+        return True
     if isinstance(t, AnyType) or isinstance(into, AnyType):
         return True
     if isinstance(t, Int) and isinstance(into, Float):
@@ -215,6 +253,8 @@ def comparable(a: Type, b: Type) -> bool:
 
 def merge(a: Type, b: Type) -> Type:
     """The least type that holds the values of both, or any value where none does."""
+    if a is b:
+        return a
     match a, b:
         case (Text(free=x), Text(free=y)):
             return Text(free=x or y)

@@ -81,6 +81,22 @@ def attend_tails(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float)
     return out.reshape(rows, heads, dim), lse.reshape(rows, heads)
 
 
+def attend_parts(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention over each of several equally long parts, apart: a state for every part and query.
+
+    q: [num_parts, num_kv_heads, num_queries, head_dim]; parts that share their queries are an expanded view
+    k, v: [num_parts, num_kv_heads, part_tokens, head_dim], of any strides but the last; all of it finite
+    mask: [num_parts, 1 or num_queries, part_tokens] added to the scaled scores, or None; for a query that it hides a
+        whole part from, out is 0 and lse means nothing
+    Returns out [num_parts, num_kv_heads, num_queries, head_dim] and lse [num_parts, num_kv_heads, num_queries].
+    Law: each part is computed as if it were alone; how many parts there are changes no bit.
+    """
+    parts, _, queries, _ = q.shape
+    wide = None if mask is None else mask[:, None].expand(parts, 1, queries, k.shape[2])
+    out, lse = _flash(q, k, v, attn_mask=wide, scale=scale)
+    return out, lse
+
+
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """The definition of the three above: plain masked attention.
 

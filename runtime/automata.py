@@ -22,7 +22,8 @@ Ints: TypeAlias = NDArray[np.int32]
 
 MAX_STATES = 20_000  # a byte DFA of this many states takes 20 MB
 MAX_EDGES = 1 << 22  # (state, token) pairs of one automaton: 32 MB and about half a second
-MAX_WORK = 500_000  # places of the regex over all DFA states, about a second
+MAX_WORK = 2_000_000  # places of the regex over all moves of the DFA, about a second
+MAX_REFINED = 2_000_000  # entries of the DFA over all rounds of its minimization, about a second
 _SLICE = 64  # states walked at once
 FAR = 1 << 30  # the distance of a state from which no value can be reached
 
@@ -264,17 +265,18 @@ def _determinize(nfa: _Nfa, start: int, ends: set[int]) -> Dfa:
     rows: list[list[int]] = []
     work = 0
     for states in order:
-        work += len(states)
-        if work > MAX_WORK:
-            raise TooLarge("the type needs too many states")
         targets: dict[int, set[int]] = {}
         for state in states:
             for allowed, other in nfa.reads[state]:
+                work += len(kinds_of[allowed])
                 for kind in kinds_of[allowed]:
                     targets.setdefault(kind, set()).add(other)
         row = [-1] * num_kinds
         for kind, reached in targets.items():
             closed = nfa.closure(reached)
+            work += len(closed)
+            if work > MAX_WORK:
+                raise TooLarge("the type needs too many states")
             if closed not in number:
                 if len(order) >= MAX_STATES:
                     raise TooLarge("the type needs too many states")
@@ -300,22 +302,49 @@ def _byte_kinds(sets: Iterable[frozenset[int]]) -> list[int]:
 
 def _trim(step: Ints, accepting: NDArray[np.bool_]) -> tuple[Ints, NDArray[np.bool_]]:
     """Without the states from which nothing accepts; the first state stays."""
-    alive = accepting.copy()
-    while True:
-        more = alive | (alive[step] & (step >= 0)).any(axis=1)
-        if (more == alive).all():
-            break
-        alive = more
+    alive = _moves_to(accepting, *_moves_of(step)) < FAR
     alive[0] = True
     number = np.full(len(step) + 1, -1, dtype=np.int32)
     number[:-1][alive] = np.arange(int(alive.sum()), dtype=np.int32)
     return number[step[alive]], accepting[alive]
 
 
+def _moves_of(step: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(origin, target) of every move."""
+    origin, column = (step >= 0).nonzero()
+    return origin, step[origin, column].astype(np.int64)
+
+
+def _moves_to(accepting: NDArray[np.bool_], origin: NDArray[np.int64], target: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The fewest moves from each state to an accepting one, `FAR` where there are none. Each move is walked once."""
+    states = len(accepting)
+    order = np.argsort(target, kind="stable")
+    origin = origin[order]
+    start = np.concatenate(([0], np.bincount(target, minlength=states).cumsum()))
+    out = np.where(accepting, 0, FAR).astype(np.int64)
+    reached = accepting.nonzero()[0]
+    moves = 0
+    while len(reached):
+        moves += 1
+        before = origin[_spread(start, reached)[1]]
+        reached = np.unique(before[out[before] == FAR])
+        out[reached] = moves
+    return out
+
+
 def _minimize(step: Ints, accepting: NDArray[np.bool_]) -> tuple[Ints, NDArray[np.bool_]]:
-    """Moore's partition refinement; the block of the first state is 0."""
-    block = accepting.astype(np.int32)
+    """Moore's partition refinement; the block of the first state is 0.
+
+    It takes as many rounds as the longest texts that tell two states apart. A long counted repetition may need one for
+    each count, so after `MAX_REFINED` the automaton stays as it is: it is right, and has more states than it needs.
+    """
+    # Equal states are equally far from a value, so those of a chain are told apart at once.
+    block = np.unique(_moves_to(accepting, *_moves_of(step)), return_inverse=True)[1].reshape(-1).astype(np.int32)
+    done = 0
     while True:
+        done += step.size
+        if done > MAX_REFINED:
+            return step, accepting
         signature = np.column_stack([block, np.where(step < 0, -1, block[step])])
         _, first, refined = np.unique(signature, axis=0, return_index=True, return_inverse=True)
         refined = refined.reshape(-1)
@@ -699,14 +728,7 @@ def _distinct(*columns: NDArray[Any]) -> NDArray[np.int64]:
 def _distances(accepting: NDArray[np.bool_], edges: Edges) -> NDArray[np.int64]:
     """The fewest tokens from each state to an accepting one."""
     moves = _distinct(edges.origin, edges.target)
-    out = np.where(accepting, 0, FAR).astype(np.int64)
-    while len(moves):
-        nearer = out.copy()
-        np.minimum.at(nearer, moves[:, 0], out[moves[:, 1]] + 1)
-        if (nearer == out).all():
-            break
-        out = nearer
-    return out
+    return _moves_to(accepting, moves[:, 0], moves[:, 1])
 
 
 @dataclass(frozen=True, eq=False)

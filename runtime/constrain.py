@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, assert_never
+from functools import wraps
+from typing import Any, Protocol, TypeVar, assert_never, cast
 
 import llguidance
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.dsl.diagnostics import Diagnostic, PlanError
-from anabranch.dsl.patterns import parser_limits
+from anabranch.dsl.patterns import EnginePanic, panics_told, parser_limits
 from anabranch.dsl.spec import (
     BoolType,
     ChoiceType,
@@ -68,7 +69,10 @@ class Constraint(Protocol):
         ...
 
     def advance(self, token: int) -> None:
-        """Move by a drawn token that does not end the turn. Raises ValueError if the type does not allow it here."""
+        """Move by a drawn token that does not end the turn.
+
+        Raises ValueError if the type does not allow it here, and ConstraintError if it does and the engine gives up.
+        """
         ...
 
     def value_starts(self, data: bytes) -> int | None:
@@ -109,6 +113,23 @@ class AutomatonConstraint:
         return _value_starts(data, self._held_space, self._value.matches)
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _no_panic(method: _Method) -> _Method:
+    """A panic in llguidance is a ConstraintError: the gen fails, and not the engine with all that it runs."""
+
+    @wraps(method)
+    def guarded(*args: Any, **options: Any) -> Any:
+        try:
+            with panics_told():
+                return method(*args, **options)
+        except EnginePanic as error:
+            raise ConstraintError(str(error)) from None
+
+    return cast(_Method, guarded)
+
+
 class MatcherConstraint:
     """A walk through an llguidance grammar.
 
@@ -122,6 +143,7 @@ class MatcherConstraint:
     value: the grammar of the value alone
     """
 
+    @_no_panic
     def __init__(self, vocabulary: Vocabulary, grammar: str, value: str, *, held_space: bool, is_json: bool) -> None:
         self._vocabulary = vocabulary
         self._value_grammar = value
@@ -141,6 +163,7 @@ class MatcherConstraint:
     def complete(self) -> bool:
         return not self._matcher.is_error() and self._matcher.is_stopped()
 
+    @_no_panic
     def mask(self, left: int) -> Tensor:
         if self._way:
             return torch.from_numpy(pack(self._way[:1], self._vocabulary.size))
@@ -221,13 +244,17 @@ class MatcherConstraint:
         lengths = self._vocabulary.lengths * bits[: self._vocabulary.size]
         return int(lengths.argmax()) if lengths.any() else None
 
+    @_no_panic
     def advance(self, token: int) -> None:
-        if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} is not allowed here ({_reason(self._matcher.get_error())})")
+        if self._matcher.try_consume_tokens([token]) != 1:
+            if self._matcher.is_error():
+                raise ConstraintError(_reason(self._matcher.get_error()))
+            raise ValueError(f"token {token} is not allowed here")
         self._data += self._vocabulary.texts[token]
         if self._way:
             self._way = self._way[1:] if self._way[0] == token else []
 
+    @_no_panic
     def value_starts(self, data: bytes) -> int | None:
         def matches(part: bytes) -> bool:
             matcher = _matcher(self._vocabulary, self._value_grammar)

@@ -28,14 +28,16 @@ from anabranch.dsl.spec import Value
 from anabranch.dsl.values import EvaluationError
 from anabranch.kernels.sample import draw, logprob
 from anabranch.runtime.attention import Block, StepAttention
+from anabranch.runtime.attention_fixed import FixedAttention
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context, Row
-from anabranch.runtime.events import BranchEnded, Event, LogitsRow, Path, RunEnded, Status, TextDelta
+from anabranch.runtime.events import BranchEnded, Event, GenEnded, LogitsRow, Path, RunEnded, Status, TextDelta
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.joins import Ended
 from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.pages import Entry, KvStore, PagePool, Segment, View
 from anabranch.runtime.recorder import Recorder
+from anabranch.runtime.replay import Log, LogEntry, Replay
 from anabranch.runtime.tasks import BranchStopped, Draw, Feed, ForkState, Reserve, Rows, Score, Spawn, Task, child_names
 
 
@@ -46,7 +48,8 @@ class EngineConfig:
     lanes: threads that hold a row of the batch at once
     pages, page_size: KV pages, and token slots in each; None takes as many pages as `pool_bytes` holds
     chunk: most prefilled rows in one step
-    deterministic: joins close by tokens decoded, not by time, and deadlines are refused
+    deterministic: joins close by tokens decoded, not by time, deadlines are refused, and a branch's logits are the same
+        bit for bit whatever else runs. Raises PlanError `not-deterministic` where this machine cannot keep that
     trace_logits: keep the logits that each token was drawn from (tests; a row is as large as the vocabulary)
     prefix_cache: keep the pages of finished prompts for later runs
     preempt: what becomes of a thread that started on expected need when the pool runs out: its keys and values go to
@@ -90,6 +93,19 @@ class RunResult:
     events: tuple[Event, ...]
     logits: tuple[LogitsRow, ...] = ()
 
+    @classmethod
+    def of(cls, events: Sequence[Event], logits: Sequence[LogitsRow] = ()) -> RunResult:
+        """What the events of a run that is over tell; the last is its `RunEnded`."""
+        over = events[-1]
+        if not isinstance(over, RunEnded):
+            raise ValueError("the run is not over")
+        branches = tuple(
+            BranchRecord("/".join(e.path), e.label, e.status, e.text, e.reason, e.tokens, e.value)
+            for e in events
+            if isinstance(e, BranchEnded) and e.path
+        )
+        return cls(over.value, over.status, over.reason, branches, over.counts, tuple(events), tuple(logits))
+
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
@@ -109,8 +125,12 @@ class Interrupted(KeyboardInterrupt):
 
 COUNTS = (
     "tokens_decoded", "tokens_trimmed", "tokens_prefilled", "tokens_reprefilled", "tokens_flushed", "tokens_cached",
-    "tokens_recomputed", "tokens_aliased", "tokens_unfed", "critical_path_tokens", "total_tokens", "rows", "steps",
+    "tokens_recomputed", "tokens_replayed", "tokens_aliased", "tokens_unfed", "critical_path_tokens", "total_tokens",
+    "rows", "steps",
 )  # fmt: skip
+
+
+LATE = "the deadline passed"
 
 
 class Run:
@@ -139,6 +159,8 @@ class Run:
         self.deterministic = engine.config.deterministic
         self.wants_logprobs = compiled.reads_logprobs
         self.listener = listener
+        self.log: Log | None = None
+        self.replay: Replay | None = None
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.rows = [0] * len(Row)
         self.events: list[Event] = []
@@ -153,6 +175,18 @@ class Run:
         self.events.append(event)
         if self.listener is not None:
             self.listener(self, event)
+
+    def tell(self, events: Sequence[Event]) -> None:
+        """What a journal holds happened without any thread's doing it again."""
+        for event in events:
+            if isinstance(event, GenEnded):
+                self.count_recorded(event)
+            self.emit(event)
+
+    def count_recorded(self, ended: GenEnded) -> None:
+        """Count a gen that a journal holds."""
+        self.counts["tokens_replayed"] += ended.drawn
+        self.counts["total_tokens"] += len(ended.ids) if ended.end == "recorded" else ended.drawn
 
     def drop(self, context: Context) -> None:
         """Let go of a context; sampled tokens that nothing needed are counted as never fed."""
@@ -181,11 +215,16 @@ class Run:
 
 @dataclass(slots=True)
 class _Work:
-    """What a seated task has asked for. `queue`: contexts to feed from, in order."""
+    """What a seated task has asked for.
+
+    queue: contexts to feed from, in order
+    rides: a sampled token at the head of one is no row of the feed, but rides along
+    """
 
     task: Task
     queue: list[Context]
     flush: bool = False
+    rides: bool = True
     draw: Draw | None = None
     score: Score | None = None
     scored: list[Tensor] = field(default_factory=list)
@@ -209,6 +248,8 @@ class Engine:
         self.policy = policy
         self.config = config or EngineConfig()
         decoder = model.decoder
+        if self.config.deterministic:
+            decoder.fixed_shapes()
         shape = decoder.config
         pages = self.config.pages
         if pages is None:
@@ -278,10 +319,17 @@ class Engine:
         input_index: int = 0,
         functions: Mapping[str, Callable[..., Any]] | None = None,
         listener: Callable[[Run, Event], None] | None = None,
+        log: Log | None = None,
+        replay: Replay | None = None,
     ) -> Run:
-        """Queue a run; `step` moves it on. Raises PlanError if the plan or its inputs are wrong, or can never fit."""
+        """Queue a run; `step` moves it on. Raises PlanError if the plan or its inputs are wrong, or can never fit.
+
+        log: takes what a journal keeps of the run
+        replay: what a journal holds of it; the run goes on from there, and `step` raises PlanError if it does not fit
+        """
         compiled = self.compile(plan, name, tuple(functions or ()))
         run = self._prepare(compiled, inputs or {}, seed, input_index, functions or {}, listener)
+        run.log, run.replay = log, replay
         with self._lock:
             self._open(run)
         return run
@@ -392,6 +440,8 @@ class Engine:
     def cancel(self, run: Run) -> None:
         """End a run that is not over; its branches that run are cancelled."""
         with self._lock:
+            # A journal goes on from where the run was, and not from its having been cancelled.
+            run.log = None
             if run.result is None and run.root is not None:
                 self._end(run.root, "cancelled", None, "cancelled")
 
@@ -456,6 +506,8 @@ class Engine:
             else:
                 context.lose()
                 if work is not None:
+                    # A sampled token that comes after lost ones is counted as a row, so it does not ride.
+                    work.rides = False
                     feed = len(context.unfed)
         self.scheduler.preempt(thread, feed=feed)
         self.num_preempted += 1
@@ -699,10 +751,11 @@ class Engine:
         assert task.thread is not None
         fork.depth = task.depth + 1 if fork.callee == task.plan else 0 if fork.callee is not None else task.depth
         task.fork = fork
-        fork.critical = task.critical
-        fork.scheduled = self.scheduler.fork(task.thread, fork.needs, base=task.num_pages(), limit=fork.limits.limit)
+        fork.scheduled = self.scheduler.fork(
+            task.thread, fork.needs, base=task.num_pages(), limit=fork.limits.limit, only=fork.starts
+        )
         self._forks[fork.scheduled] = fork
-        if fork.limits.deadline_s is not None:
+        if fork.limits.deadline_s is not None and not fork.join.closed:
             fork.deadline = self.clock() + fork.limits.deadline_s
             self._deadlines.append(fork)
 
@@ -712,26 +765,21 @@ class Engine:
         if status == "failed" and fork is not None and not fork.closed:
             branch = fork.branch(task.index)
             if task.attempt < max(branch.limits.retry, fork.limits.retry):
-                self._leave_run(task, status, None, reason)
+                task.leave(status, None, reason, again=True)
                 task.run.drop(task.context)
                 again = self._child_task(fork, task.index, task.attempt + 1)
                 again.thread, task.thread = task.thread, None
                 again.critical = max(again.critical, task.critical)
                 again.below = task.tokens
-                if again.budget is not None:
-                    # All tries share what the branch was given.
-                    again.budget -= task.tokens
+                if task.budget is not None:
+                    # All tries share what the branch was given; a fork's share is charged whole, as within a try.
+                    again.budget = task.budget - task.spent - task.charged
                 assert again.thread is not None
                 self._tasks[again.thread] = again
                 fork.running[task.index] = again
                 self._resume(again, None)
                 return
         self._end(task, status, None, reason)
-
-    def _leave_run(self, task: Task, status: Status, value: Value, reason: str) -> None:
-        task.note(recording.End(task.number, status))
-        task.drop_finished()
-        task.run.emit(BranchEnded(task.path, status, "".join(task.text), value, reason, task.spent, task.label))
 
     def _end(self, task: Task, status: Status, value: Value, reason: str) -> None:
         """A task is over: its own branches are ended, and its parent's join told."""
@@ -745,7 +793,7 @@ class Engine:
             self._cut(task, work.draw)
         if task.steps is not None:
             task.steps.close()
-        self._leave_run(task, status, value, reason)
+        ended = task.leave(status, value, reason)
         fork = task.parent
         keeps = status == "ok" and fork is not None and not fork.closed and fork.join.spec.context == "stitch"
         if not keeps:
@@ -761,16 +809,17 @@ class Engine:
             return
         fork.running.pop(task.index, None)
         parent = fork.parent
-        parent.below += task.tokens
         if fork.closed:
             return
         parent.critical = max(parent.critical, task.critical)
         if keeps or fork.join.spec.context == "text":
             fork.finished[task.index] = task
-        mean = task.logprob_sum / task.logprob_count if task.logprob_count else None
-        names = task.names if status == "ok" else {}
-        fork.join.offer(Ended(task.index, status, value, reason, names, mean, task.tokens))
-        if fork.join.decided(lambda: self._soonest(fork)):
+        if task.index in fork.rebuilding:
+            fork.rebuilding.remove(task.index)
+        else:
+            fork.join.offer(ended)
+        if not fork.rebuilding and fork.join.decided(lambda: self._soonest(fork)):
+            parent.close(fork)
             self._close(fork, "cancelled")
             self.scheduler.resume(_thread(parent))
 
@@ -789,11 +838,9 @@ class Engine:
         fork.closed = True
         deepest = 0
         for task in list(fork.running.values()):
-            reason = "the deadline passed" if status == "late" else "the join closed without it"
+            reason = LATE if status == "late" else "the join closed without it"
             self._end(task, status, None, reason)
             deepest = max(deepest, task.critical)
-            if status == "late" and task.index not in fork.join.ended:
-                fork.join.offer(Ended(task.index, "late", reason=reason))
         if fork.deadline is not None and fork in self._deadlines:
             self._deadlines.remove(fork)
         assert fork.scheduled is not None
@@ -830,14 +877,11 @@ class Engine:
         shown["pages_bound"] = min(self.machine.pages, sum(b.pages_bound(self.machine) for b in self._batch))
         shown["steps_bound"] = steps_bound(self._batch, self.machine)
         shown["elapsed_s"] = self.clock() - run.started_s
-        run.emit(RunEnded(status, value, reason, shown))
-        ends = [e for e in run.events if isinstance(e, BranchEnded)]
-        records = tuple(
-            BranchRecord("/".join(e.path), e.label, e.status, e.text, e.reason, e.tokens, e.value)
-            for e in ends
-            if e.path
-        )
-        run.result = RunResult(value, status, reason, records, shown, tuple(run.events), tuple(run.logits))
+        over = RunEnded(status, value, reason, shown)
+        if run.log is not None:
+            run.log(LogEntry((), over))
+        run.emit(over)
+        run.result = RunResult.of(run.events, run.logits)
         if not self._runs:
             self._batch.clear()
             self.pool.peak = self.pool.used - self.pool.idle
@@ -845,9 +889,13 @@ class Engine:
     def _expire(self) -> None:
         now = self.clock() if self._deadlines else 0.0
         for fork in list(self._deadlines):
-            if fork.deadline is not None and fork.deadline <= now and not fork.closed:
-                fork.parent.critical = max(fork.parent.critical, self._close(fork, "late"))
+            # A branch that is only rebuilt had ended in time.
+            if fork.deadline is not None and fork.deadline <= now and not fork.closed and not fork.rebuilding:
+                for index in fork.running:
+                    fork.join.offer(Ended(index, "late", reason=LATE))
                 fork.join.close_now()
+                fork.parent.close(fork)
+                fork.parent.critical = max(fork.parent.critical, self._close(fork, "late"))
                 self.scheduler.resume(_thread(fork.parent))
 
     def _wait(self) -> bool:
@@ -931,7 +979,7 @@ class Engine:
         for context in work.queue:
             if not context.unfed or not count:
                 continue
-            rides = work.draw is not None and context.unfed[0].row is Row.DECODE
+            rides = work.rides and work.draw is not None and context.unfed[0].row is Row.DECODE
             rows = min(len(context.unfed), count + rides)
             portions.append((context, rows))
             count -= rows - rides
@@ -956,11 +1004,18 @@ class Engine:
                 kinds.append((kind, 1))
         return tuple(kinds)
 
-    def _attention(self, blocks: Sequence[Block]) -> StepAttention:
-        return StepAttention(self.store, self.model.decoder.config, blocks, self.model.decoder.dtype)
+    def _attention(self, blocks: Sequence[Block]) -> StepAttention | FixedAttention:
+        decoder = self.model.decoder
+        if not self.config.deterministic:
+            return StepAttention(self.store, decoder.config, blocks, decoder.dtype)
+        return FixedAttention(self.store, decoder.config, blocks, decoder.dtype, decoder.fixed_shapes())
 
     def _record_call(
-        self, step: Step, blocks: Sequence[Block], kinds: Sequence[recording.Kinds], attention: StepAttention
+        self,
+        step: Step,
+        blocks: Sequence[Block],
+        kinds: Sequence[recording.Kinds],
+        attention: StepAttention | FixedAttention,
     ) -> None:
         assert self.recorder is not None
         seats = dict.fromkeys(self._work[t].task.number for t in (*(t for t, _ in step.feeds), *step.draws))
@@ -980,7 +1035,7 @@ class Engine:
 
     def _forward(
         self,
-        attention: StepAttention,
+        attention: StepAttention | FixedAttention,
         blocks: Sequence[Block],
         owners: Sequence[Run],
         tokens: Sequence[int],
@@ -997,6 +1052,7 @@ class Engine:
             attention.positions,
             attention,
             torch.tensor(wanted, dtype=torch.int64),
+            decoder.fixed_shapes() if self.config.deterministic else None,
         )
 
     def _sample(self, sampling: Sequence[tuple[_Work, Context, Tensor]]) -> None:

@@ -143,13 +143,20 @@ class Generation:
             self._ends.append(len(self._data))
             self._finish("end_of_turn", len(self._data))
             return
+        stuck = ""
         if self._constraint is not None:
-            self._constraint.advance(token)
+            try:
+                self._constraint.advance(token)
+            except ConstraintError as error:
+                stuck = str(error) or "its type is too complex"
         before = len(self._data)
         self._data += self._tokenizer.token_bytes(token)
         self._tokens.append(token)
         self._logprobs.append(logprob)
         self._ends.append(len(self._data))
+        if stuck:
+            self.cut("failed", stuck)
+            return
         stop = self._find_stop(before)
         if stop is not None:
             self._finish("stop", stop)
@@ -209,7 +216,12 @@ class Generation:
             at -= 1
         starts = 0
         if self._constraint is not None:
-            found = self._constraint.value_starts(bytes(self._data[:at]))
+            try:
+                found = self._constraint.value_starts(bytes(self._data[:at]))
+            except ConstraintError as error:
+                self._keep(at)
+                self._fail(str(error))
+                return
             if found is None:
                 self._keep(at)
                 self._fail(f"its text is no value of its type after {self.drawn} tokens ({end})")

@@ -12,13 +12,14 @@ from anabranch.dsl.values import vote_key
 from anabranch.runtime.events import Status
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Ended:
     """How a branch ended.
 
     names: what the branch bound, for the join's key
     logprob: mean log-probability per drawn token, for `best(logprob)`; None if it drew none
-    tokens: decoded in the branch, its own branches included
+    tokens: decoded in the branch, and in those of its own branches that their joins found ok
+    critical: tokens on the longest chain of dependencies up to its end
     """
 
     index: int
@@ -28,6 +29,7 @@ class Ended:
     names: Mapping[str, Value] = field(default_factory=dict)
     logprob: float | None = None
     tokens: int = 0
+    critical: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,15 @@ class JoinState:
         self._voters: dict[Hashable, list[Ended]] = {}
         self._agreed: list[Ended] = []
         self._closed = False
+        self._recalled: JoinResult | None = None
 
     @property
     def width(self) -> int:
         return len(self.labels)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def offer(self, ended: Ended) -> None:
         """A branch ended."""
@@ -78,6 +85,8 @@ class JoinState:
         soonest: the least (tokens decoded so far, index) of the branches that have not ended, or anything below it;
             None if all have
         """
+        if self._closed:
+            return True
         everyone = len(self.ended) == self.width
         if self.spec.kind in ("first", "quorum"):
             before = None if everyone or not self.deterministic else soonest()
@@ -91,6 +100,11 @@ class JoinState:
             self.close_now()
         return everyone
 
+    def recall(self, result: JoinResult) -> None:
+        """The join had closed before, with this result: it is taken as it was recorded."""
+        self._recalled = result
+        self._closed = True
+
     def close_now(self) -> None:
         """The join reads what has ended: all branches, or those that a deadline left."""
         while self._waiting:
@@ -99,6 +113,8 @@ class JoinState:
 
     def result(self) -> JoinResult:
         """What comes out, from the branches that counted when the join closed."""
+        if self._recalled is not None:
+            return self._recalled
         good = [e for e in self._counted if e.status == "ok"]
         ok = tuple(sorted(e.index for e in good))
         spec = self.spec

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from anabranch.kernels.norms import rms_norm
 from anabranch.kernels.swiglu import swiglu
 from anabranch.runtime.config import ModelConfig, bad_model
+from anabranch.runtime.fixed_shapes import FixedShapes, find_fixed_shapes, tiles
 from anabranch.runtime.linear import Linear
 
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -60,6 +62,7 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self.device = torch.device(device)
+        self._fixed_shapes: dict[int, FixedShapes] = {}
         take = _Taker(weights, dtype, self.device, name)
         vocab, hidden = config.vocab_size, config.hidden_size
         self._embedding = take("model.embed_tokens.weight", vocab, hidden)
@@ -68,45 +71,108 @@ class Decoder:
         self._lm_head = Linear(self._embedding if config.tied_embeddings else take("lm_head.weight", vocab, hidden))
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, logit_rows: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        logit_rows: Tensor,
+        shapes: FixedShapes | None = None,
+    ) -> Tensor:
         """Feed `num_tokens` tokens through every layer.
 
         token_ids: [num_tokens], int64, at least one
         positions: [num_tokens], int64; what rotates them is `attend`'s, and nothing here reads them
         logit_rows: [num_rows], int64, indices of the tokens whose logits are wanted; may be empty
+        shapes: sizes that all calls are padded to, so that no row's bits depend on the rows beside it
         Returns [num_rows, vocab_size], of the decoder's dtype.
         Raises ValueError if the shapes disagree.
         """
         num_tokens = token_ids.shape[0]
         if num_tokens == 0 or positions.shape != token_ids.shape:
             raise ValueError(f"{num_tokens} token ids and {positions.shape[0]} positions")
-        config = self.config
-        eps, head_dim = config.rms_norm_eps, config.head_dim
-        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        hidden = torch.nn.functional.embedding(_two_rows(token_ids), self._embedding)
+        sizes = _sizes(num_tokens, None if shapes is None else shapes.layer_rows)
+        padded = sum(sizes)
+        hidden = torch.nn.functional.embedding(_pad(token_ids, padded), self._embedding)
         for i, layer in enumerate(self._layers):
-            qkv = layer.qkv(rms_norm(hidden, layer.attention_norm, eps))[:num_tokens]
-            q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
-            q = q.view(num_tokens, num_heads, head_dim)
-            k = k.view(num_tokens, num_kv_heads, head_dim)
-            v = v.view(num_tokens, num_kv_heads, head_dim)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
-            attended = attend(i, q, k, v).reshape(num_tokens, q_size)
-            hidden = hidden + layer.output(_two_rows(attended))
-            gate, up = layer.gate_up(rms_norm(hidden, layer.mlp_norm, eps)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(swiglu(gate, up))
+            q, k, v = _over(sizes, partial(self._before, layer), hidden)
+            attended = attend(i, q[:num_tokens], k[:num_tokens], v[:num_tokens]).reshape(num_tokens, -1)
+            (hidden,) = _over(sizes, partial(self._after, layer), hidden, _pad(attended, padded))
         num_rows = logit_rows.shape[0]
         if num_rows == 0:
-            return hidden.new_empty(0, config.vocab_size)
-        rows = _two_rows(hidden.index_select(0, logit_rows))
-        return self._lm_head(rms_norm(rows, self._final_norm, eps))[:num_rows]
+            return hidden.new_empty(0, self.config.vocab_size)
+        sizes = _sizes(num_rows, None if shapes is None else shapes.logit_rows)
+        (logits,) = _over(sizes, self._head, _pad(hidden.index_select(0, logit_rows), sum(sizes)))
+        return logits[:num_rows]
+
+    def fixed_shapes(self) -> FixedShapes:
+        """Sizes of calls that agree bit for bit with the threads that torch has now; measured once for each number.
+
+        Raises PlanError `not-deterministic`.
+        """
+        threads = torch.get_num_threads()
+        if threads not in self._fixed_shapes:
+            self._fixed_shapes[threads] = find_fixed_shapes(self)
+        return self._fixed_shapes[threads]
+
+    def probe_layer(self, hidden: Tensor) -> Tensor:
+        """All that the first layer computes of [num_rows, hidden_size], with queries standing in for the attended.
+
+        Every layer has these shapes. Returns [num_rows, some size].
+        """
+        rows = hidden.shape[0]
+        q, k, v = self._before(self._layers[0], hidden)
+        (out,) = self._after(self._layers[0], hidden, q.reshape(rows, -1))
+        return torch.cat([q.reshape(rows, -1), k.reshape(rows, -1), v.reshape(rows, -1), out], dim=-1)
+
+    def probe_head(self, hidden: Tensor) -> Tensor:
+        """The logits of [num_rows, hidden_size]."""
+        return self._head(hidden)[0]
+
+    def _before(self, layer: _Layer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of rows: [num_rows, heads of each, head_dim]."""
+        config = self.config
+        rows, head_dim = hidden.shape[0], config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        qkv = layer.qkv(rms_norm(hidden, layer.attention_norm, config.rms_norm_eps))
+        q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
+        q = q.view(rows, config.num_heads, head_dim)
+        k = k.view(rows, config.num_kv_heads, head_dim)
+        v = v.view(rows, config.num_kv_heads, head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)
+        return q, k, v
+
+    def _after(self, layer: _Layer, hidden: Tensor, attended: Tensor) -> tuple[Tensor]:
+        """The residual stream after the layer."""
+        hidden = hidden + layer.output(attended)
+        gate, up = layer.gate_up(rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)).chunk(2, dim=-1)
+        return (hidden + layer.down(swiglu(gate, up)),)
+
+    def _head(self, hidden: Tensor) -> tuple[Tensor]:
+        return (self._lm_head(rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)),)
 
 
-def _two_rows(x: Tensor) -> Tensor:
-    """One row is padded to two: packed linears give the same bits to a row for any number of rows but one."""
-    return x if x.shape[0] > 1 else torch.cat((x, x))
+def _sizes(rows: int, fixed: Sequence[int] | None) -> list[int]:
+    """Rows of each call that together hold `rows`: one for all, of at least two, or fixed sizes.
+
+    Packed linears give the same bits to a row for any number of rows but one, so one row is padded to two.
+    """
+    return [max(rows, 2)] if fixed is None else tiles(rows, fixed)
+
+
+def _pad(x: Tensor, rows: int) -> Tensor:
+    """x with its first row repeated up to `rows` rows."""
+    missing = rows - x.shape[0]
+    return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing else x
+
+
+def _over(sizes: Sequence[int], call: Callable[..., tuple[Tensor, ...]], *rows: Tensor) -> tuple[Tensor, ...]:
+    """`call` on that many rows of each tensor at a time."""
+    if len(sizes) == 1:
+        return call(*rows)
+    parts = zip(*(torch.split(x, list(sizes)) for x in rows), strict=True)
+    return tuple(map(torch.cat, zip(*(call(*part) for part in parts), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

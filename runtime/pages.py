@@ -9,13 +9,15 @@ what attention groups rows by.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.compiler import recording
@@ -428,9 +430,9 @@ class KvStore:
         shape = (num_kv_heads, pool.num_pages * pool.page_size, head_dim)
         # numpy's zeros come untouched from the operating system, page by page as they are first written; torch's are
         # written at once, which costs a default pool 2 GiB and most of a second.
-        plain = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
-        self.k: list[Tensor] = [torch.from_numpy(np.zeros(shape, dtype=plain)) for _ in range(num_layers)]
-        self.v: list[Tensor] = [torch.from_numpy(np.zeros(shape, dtype=plain)) for _ in range(num_layers)]
+        plain: np.dtype[Any] = np.dtype({torch.float32: "f4", torch.float64: "f8"}[dtype])
+        self.k: list[Tensor] = [torch.from_numpy(_aligned_zeros(shape, plain)) for _ in range(num_layers)]
+        self.v: list[Tensor] = [torch.from_numpy(_aligned_zeros(shape, plain)) for _ in range(num_layers)]
 
     def save(self, segment: Segment) -> Saved:
         """A copy of what `segment` holds, in host memory."""
@@ -446,3 +448,14 @@ class KvStore:
 
     def _slots(self, segment: Segment) -> Tensor:
         return torch.cat([torch.arange(first, stop) for first, stop in segment.runs()])
+
+
+ALIGNMENT = 64
+"""Bytes. Memory of torch's own begins at multiples of it, and so does a store: where a key lies changes no bit then."""
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + size].view(dtype).reshape(shape)

@@ -249,7 +249,8 @@ class _Thread:
     last: the token whose logits the next draw reads
     interpolated: a value was written since its last event. One that is longer than the compiler counted on fails the
         branch, and only the events tell that
-    num_drawn: tokens drawn in it; num_decoded: those of its branches included
+    num_drawn: tokens drawn in it
+    num_decoded: with those of its branches that its joins found ok, and of its tries before
     draws: (after, token id) of each token drawn in it that is known
     """
 
@@ -356,6 +357,8 @@ class _Run:
                 assert_never(event)
 
     def lay_out(self) -> Layout:
+        # The plans being called, the innermost last, each with how often it has called itself to come there.
+        self.called: list[tuple[str, int]] = [(self.plan.name, 0)]
         thread = self._begin((), None)
         scope = dict(self.inputs)
         outcome = self._conclude(thread, self.plan, self.plan.body, scope)
@@ -818,7 +821,7 @@ class _Run:
             Branch(i, arms[i].label, outcomes[i].value, outcomes[i].names, self._thread_of(outcomes[i]).num_decoded)
             for i in event.ok
         ]
-        thread.num_decoded += sum(outcome.thread.num_decoded for outcome in outcomes if outcome.thread is not None)
+        thread.num_decoded += sum(branch.tokens for branch in ok)
         try:
             if join.kind == "best" and join.key == "logprob":
                 verdict = self._best_by_logprob(thread, join, event, ok, outcomes)
@@ -957,8 +960,16 @@ class _Run:
 
     def _call(self, thread: _Thread, stmt: ast.Call, site: str, scope: Scope) -> Value:
         callee = self.program.plan(stmt.plan)
+        caller, depth = self.called[-1]
+        depth = depth + 1 if callee.name == caller else 0
+        if depth > options.plan_depth(callee):
+            raise _Failed(f"`{callee.name}` calls itself deeper than {options.plan_depth(callee)}")
         limits = options.limits(stmt.options, kind="call")
         places = iter([param.name for param in callee.params])
         names = {arg.name or next(places): self._value(thread, arg.value, scope) for arg in stmt.args}
         arm = _Arm(0, None, None, callee.body, names, alone=True)
-        return self._fork(thread, callee, site, [arm], JoinSpec("first", 1), limits, scope)
+        self.called.append((callee.name, depth))
+        try:
+            return self._fork(thread, callee, site, [arm], JoinSpec("first", 1), limits, scope)
+        finally:
+            self.called.pop()

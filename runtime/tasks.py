@@ -11,7 +11,7 @@ request = Feed()                 the unfed tokens of the thread's context
 from __future__ import annotations
 
 import math
-from collections import ChainMap
+from collections import ChainMap, deque
 from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
@@ -26,12 +26,13 @@ from anabranch.dsl.ast import Apply, Expr, Float, Int, Option, Str, names_in
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.options import check_sampling
 from anabranch.dsl.spec import SAMPLING, ChoiceType, GenSpec, JoinSpec, Limits, Value
-from anabranch.dsl.values import EvaluationError, evaluate, parts, render
+from anabranch.dsl.values import EvaluationError, checked, evaluate, parts, render
 from anabranch.runtime.context import Context, Row
-from anabranch.runtime.events import BranchStarted, Event, GenEnded, HostCalled, Joined, Path, Status
+from anabranch.runtime.events import BranchEnded, BranchStarted, GenEnded, HostCalled, Joined, Path, Status
 from anabranch.runtime.generation import Generation, choice_encodings, read_value, recorded_ids
-from anabranch.runtime.joins import JoinResult, JoinState
+from anabranch.runtime.joins import Ended, JoinResult, JoinState
 from anabranch.runtime.pages import Entry, View
+from anabranch.runtime.replay import LogEntry, Recorded, branch_of, check_same, misfit
 from anabranch.runtime.sampler import draw_key
 
 if TYPE_CHECKING:
@@ -136,7 +137,10 @@ class ForkState:
     """A fork while its branches run.
 
     site: as in events; branches are made as they start, so that a wide fork costs nothing until then
-    fresh: which branches start from an empty view
+    starts: the branches that are to run, where a journal tells of others; None for all
+    rebuilding: those of them that are run only for their segments: the join knows how they ended
+    texts: of branches that do not run again, by index
+    logged: the journal holds the join's decision
     """
 
     parent: Task
@@ -156,6 +160,14 @@ class ForkState:
     critical: int = 0
     base_view: View | None = None
     node: tuple[str, int] = ("", 0)
+    starts: Collection[int] | None = None
+    rebuilding: set[int] = field(default_factory=set)
+    texts: dict[int, str] = field(default_factory=dict)
+    logged: bool = False
+
+    def component(self, index: int) -> str:
+        """What the path of a branch ends in, whichever try of it it is."""
+        return f"{self.site}[{self.branch(index).key}]"
 
 
 class Task:
@@ -214,6 +226,8 @@ class Task:
         self.node: tuple[str, int] | None = None
         self.own_names: set[str] = set(names) if parent is None else set(own_names)
         self.generated: set[str] = set(generated)
+        # What a journal holds of this thread that it has not come to again.
+        self.recorded: deque[tuple[int, LogEntry]] = run.replay.thread(path) if run.replay is not None else deque()
 
     @property
     def here(self) -> Path:
@@ -222,8 +236,11 @@ class Task:
 
     @property
     def tokens(self) -> int:
-        """Tokens decoded in this thread and its branches."""
-        return self.spent + self.below + (sum(t.tokens for t in self.fork.running.values()) if self.fork else 0)
+        """Tokens decoded in this thread, and in those of its branches that its joins found ok.
+
+        How far the other branches had come when a join closed depends on time, and this orders ends without it.
+        """
+        return self.spent + self.below
 
     def num_pages(self) -> int:
         """Pages that this thread's context has gained since it began."""
@@ -231,8 +248,64 @@ class Task:
         gained = context.view.gained_since(self.base_view) if context.view is not None else []
         return context.num_pages() + sum(len(entry.segment.pages) for entry in gained)
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: Recorded, ended: Ended | None = None) -> None:
+        """Tell what happened, and log it; what the journal holds already is held against it instead.
+
+        ended: with a `BranchEnded`, what the join is told
+        """
+        if self.recorded:
+            check_same(self.recorded.popleft()[1].event, event)
+        else:
+            self._log(event, ended)
         self.run.emit(event)
+
+    def _log(self, event: Recorded, ended: Ended | None = None) -> None:
+        if self.run.log is None:
+            return
+        if isinstance(event, GenEnded):
+            drawn = tuple(self.drawn_ids[len(self.drawn_ids) - event.drawn :])
+            self.run.log(LogEntry(self.path, event, drawn, self.logprob_sum))
+        else:
+            self.run.log(LogEntry(self.path, event, ended=ended))
+
+    def leave(self, status: Status, value: Value, reason: str, *, again: bool = False) -> Ended:
+        """Tell that the thread ended. Returns what its join is told.
+
+        again: the branch is run again, and its join is told nothing
+        """
+        self.note(recording.End(self.number, status))
+        self.drop_finished()
+        names: dict[str, Value] = {}
+        if status == "ok" and self.parent is not None and (key := self.parent.join.spec.key) in self.names:
+            names = {str(key): self.names[str(key)]}
+        mean = self.logprob_sum / self.logprob_count if self.logprob_count else None
+        ended = Ended(self.index, status, value, reason, names, mean, self.tokens, self.critical)
+        if self.run.replay is not None and status in ("cancelled", "late"):
+            # Perhaps it was cut off on its way back to where it had been: what it was stays.
+            events, cut = self.run.replay.take_thread(self.path)
+            self._tell(events, cut)
+            if any(isinstance(event, BranchEnded) and event.path == self.path for event in events):
+                return ended
+        event = BranchEnded(self.path, status, "".join(self.text), value, reason, self.spent, self.label)
+        self.emit(event, None if again or self.parent is None else ended)
+        return ended
+
+    def close(self, fork: ForkState) -> None:
+        """The join of `fork` has been decided; that is logged before the branches that it cuts off end.
+
+        Branches that had begun before a kill, and have not again, are told of: the join cuts them off too.
+        """
+        if self.run.log is not None and not fork.logged and not self.recorded:
+            self._log(self._joined(fork, fork.join.result()))
+            fork.logged = True
+        replay = self.run.replay
+        if replay is not None and replay.has_begun(self.here, fork.site):
+            over = fork.join.ended.keys() | fork.running.keys()
+            waiting = {fork.component(i): i for i in range(fork.width) if i not in over}
+            self._tell(*replay.take(self.here, waiting), waiting)
+
+    def _joined(self, fork: ForkState, result: JoinResult) -> Joined:
+        return Joined(self.here, fork.site, result.ok, result.winners, result.value, result.failed)
 
     def note(self, step: recording.Step) -> None:
         """Write down what this thread does, where the engine is recorded."""
@@ -336,14 +409,34 @@ class Task:
         target = self.run.functions.get(function)
         if target is None:
             raise EvaluationError(f"no function `{function}` was registered")
+        if self.recorded:
+            return self._answered(function)
+        reason = ""
         try:
-            value = target(*args)
-        except (Exception, SystemExit) as error:
-            reason = " ".join(f"`{function}` raised {type(error).__name__}: {error}".split())
+            # Copies both ways: what the host changes or keeps is not the plan's, and what it returned stays as it was.
+            own = [checked(arg, "an argument") for arg in args]
+            value = checked(target(*own), f"what `{function}` returned")
+        except EvaluationError as error:
+            reason = error.reason
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also SystemExit, GeneratorExit, and what no `str` can be had of
+            reason = " ".join(f"`{function}` raised {type(error).__name__}: {_said(error)}".split())
+        if reason:
             self.emit(HostCalled(self.here, function, None, reason))
-            raise EvaluationError(reason) from error
+            raise EvaluationError(reason)
         self.emit(HostCalled(self.here, function, value))
         return value
+
+    def _answered(self, function: str) -> Value:
+        """What a host function gave when it was called."""
+        event = self.recorded[0][1].event
+        if not isinstance(event, HostCalled) or (event.path, event.function) != (self.here, function):
+            raise misfit(self.here, f"`{function}` is called where the journal holds {type(event).__name__}")
+        self.emit(event)
+        if event.error:
+            raise EvaluationError(event.error)
+        return event.value
 
     def _is_generated(self, expr: Expr) -> bool:
         """Whether text that a thread of this run decoded may be in the value."""
@@ -429,6 +522,8 @@ class Task:
         if spec.recorded is not None:
             ended = self._recorded(node, held)
             self._within(start, self.run.bounds.feed(node).rows)
+        elif self.recorded and isinstance(self.recorded[0][1].event, GenEnded):
+            ended = self._retake(node, self.recorded[0][1])
         elif isinstance(spec.type, ChoiceType) and spec.type.by == "logprob":
             ended = yield from self._choose(node, spec.type, held)
         else:
@@ -473,6 +568,7 @@ class Task:
     def _choose(self, node: graph.Decode, kind: ChoiceType, held: bool) -> Generator[Request, Any, GenEnded]:
         """Score each option as a continuation; the most probable is written, the first of equals."""
         options = choice_encodings(self.engine.tokenizer, kind, held_space=held)
+        self._goes_on(node.site)
         yield from self._at_hand()
         scores: list[float] = []
         for ids in options:
@@ -482,6 +578,33 @@ class Task:
         self.context.push(options[best], Row.PREFILL)
         value = kind.options[best]
         return GenEnded(self.here, node.site, node.name, options[best], 0, value, value, "complete")
+
+    def _retake(self, node: graph.Decode, entry: LogEntry) -> GenEnded:
+        """A gen that had ended: what it drew is not drawn again, and fed again only where something needs it."""
+        ended = entry.event
+        assert isinstance(ended, GenEnded)
+        if (ended.path, ended.site) != (self.here, node.site):
+            raise misfit(self.here, f"the gen `{node.site}` comes where the journal holds {ended.site}")
+        if ended.drawn != len(entry.drawn_ids) or ended.drawn > node.spec.max_tokens:
+            raise misfit(self.here, f"the gen `{node.site}` drew {ended.drawn} tokens of {node.spec.max_tokens}")
+        vocab = self.engine.tokenizer.vocab_size
+        if not all(0 <= token < vocab for token in (*ended.ids, *entry.drawn_ids)):
+            raise misfit(self.here, f"the gen `{node.site}` has a token outside the vocabulary of {vocab}")
+        kept = 0
+        while kept < min(len(ended.ids), ended.drawn) and ended.ids[kept] == entry.drawn_ids[kept]:
+            kept += 1
+        self.context.push(ended.ids[:kept], Row.RECOMPUTE)
+        self.context.push(ended.ids[kept:], Row.PREFILL)
+        self.run.check_position(self.context.position)
+        self.drawn += ended.drawn
+        self.spent += ended.drawn
+        self.critical += ended.drawn
+        self.drawn_ids.extend(entry.drawn_ids)
+        if node.spec.logprobs or self.run.wants_logprobs:
+            self.logprob_sum = entry.logprob_sum
+            self.logprob_count += ended.drawn
+        self.run.count_recorded(ended)
+        return ended
 
     def _at_hand(self) -> Generator[Request, Any, None]:
         """Feed until the logits of the last token are at hand."""
@@ -515,12 +638,18 @@ class Task:
         wants = bool(spec.logprobs) or self.run.wants_logprobs
         context.expect = -(-(len(context.unfed) + left) // context.pool.page_size)
         request = Draw(node, generation, key, parameters, wants)
+        self._goes_on(node.site)
         if generation.done is None:
             yield request
         self._settle(generation)
         if generation.done == "max" and left < spec.max_tokens:
             return replace(self.gen_ended(request), end="truncated", reason="the budget ran out")
         return self.gen_ended(request)
+
+    def _goes_on(self, site: str) -> None:
+        """What follows has not happened before."""
+        if self.recorded:
+            raise misfit(self.here, f"it comes to `{site}` where it holds {type(self.recorded[0][1].event).__name__}")
 
     def gen_ended(self, request: Draw) -> GenEnded:
         """The event of a gen that is done."""
@@ -738,7 +867,8 @@ class Task:
                 # A space held back for a gen that did not come belongs to the text after all.
                 self.held_space = False
             if context.unfed:
-                yield Feed(flush=len(context.unfed) == 1)
+                # What was lost comes before it, and has a kind of its own.
+                yield Feed(flush=all(unfed.row is Row.RECOMPUTE for unfed in context.unfed[:-1]))
             logits = context.logits
             context.seal()
             context.logits = logits
@@ -753,19 +883,88 @@ class Task:
             needs,
         )
         state.base_view = context.view
+        state.critical = self.critical
         state.callee = callee
         self.joining = state
         assert self.node is not None
         state.node = self.node
         self.note(recording.Forked(self.number, state.node, len(labels)))
         result: JoinResult
-        if labels:
+        if not labels:
+            state.join.close_now()
+            result = state.join.result()
+        elif self._recall(state):
             result = yield Spawn(state)
         else:
-            state.join.close_now()
             result = state.join.result()
         value = yield from self._join(state, result)
         return value
+
+    def _recall(self, state: ForkState) -> bool:
+        """Take what a journal tells of a fork: its decision, and how branches ended. False if none has to run.
+
+        What had ended counts before anything that ends now, as it did then. Of branches that had ended, only those
+        run again whose own segments a stitch may need; every other's events are told as they were.
+        """
+        replay = self.run.replay
+        if replay is None:
+            return True
+        decision = self._recorded_join(state)
+        if not replay.has_begun(self.here, state.site):
+            if decision is not None and decision.ok:
+                raise misfit(self.here, f"the fork `{state.site}` has winners that did not begin")
+            return True
+        index_of = {state.component(i): i for i in range(state.width)}
+        join = state.join
+        for component, ended, event in replay.ends(self.here, state.site, index_of):
+            if ended.index != index_of[component]:
+                raise misfit(self.here, f"`{component}` is branch {index_of[component]}, and not {ended.index}")
+            join.offer(ended)
+            state.texts[ended.index] = event.text
+        recalled = dict(join.ended)
+        if decision is not None:
+            if not recalled.keys() >= {*decision.ok, *decision.winners}:
+                raise misfit(self.here, f"the fork `{state.site}` has winners that did not end")
+            join.recall(JoinResult(decision.ok, decision.winners, decision.value, decision.failed))
+        over = join.decided(lambda: None if len(recalled) == state.width else (0, -1))
+        if join.spec.context == "stitch":
+            ok = (ended.index for ended in recalled.values() if ended.status == "ok")
+            state.rebuilding = set(join.result().winners if over else ok)
+        if over:
+            self.close(state)
+            state.starts = set(state.rebuilding)
+        else:
+            state.starts = {*range(state.width)} - recalled.keys() | state.rebuilding
+        for ended in recalled.values():
+            if ended.index not in state.rebuilding and ended.status != "cancelled":
+                self.critical = max(self.critical, ended.critical)
+        self._tell(*replay.take(self.here, (c for c, i in index_of.items() if i in recalled and i not in state.starts)))
+        return bool(state.starts)
+
+    def _recorded_join(self, state: ForkState) -> Joined | None:
+        """What a journal holds of the decision of a fork that this thread has come to."""
+        if not self.recorded:
+            return None
+        event = self.recorded[0][1].event
+        if not isinstance(event, Joined) or (event.path, event.site) != (self.here, state.site):
+            raise misfit(self.here, f"it comes to the fork `{state.site}` where it holds {type(event).__name__}")
+        return event
+
+    def _tell(
+        self, events: Sequence[Recorded], cut: Sequence[BranchEnded], index_of: Mapping[str, int] | None = None
+    ) -> None:
+        """What a journal holds of other threads happened without their doing it again.
+
+        cut: ends that it does not hold, and should; index_of: of the branches of this thread's fork
+        """
+        self.run.tell(events)
+        for event in cut:
+            *here, component = event.path
+            index = index_of.get(branch_of(component)) if index_of and tuple(here) == self.here else None
+            ended = None if index is None else Ended(index, event.status, reason=event.reason)
+            if self.run.log is not None:
+                self.run.log(LogEntry(event.path, event, ended=ended))
+            self.run.emit(event)
 
     def drop_finished(self) -> None:
         """Let go of the branches' contexts that waited for their join to be read."""
@@ -776,20 +975,24 @@ class Task:
 
     def _join(self, state: ForkState, result: JoinResult) -> Generator[Request, Any, Value]:
         spec = state.join.spec
-        winners = [state.finished[i] for i in result.winners]
         failed = bool(result.failed)
+        self.below += sum(state.join.ended[index].tokens for index in result.ok)
+        if state.logged:
+            self.run.emit(self._joined(state, result))
+        else:
+            self.emit(self._joined(state, result))
         self.note(recording.Joined(self.number, state.node, result.ok, () if failed else result.winners, failed))
-        if not result.failed and spec.context == "stitch" and winners:
-            yield from self._stitch(state, winners)
+        if not result.failed and spec.context == "stitch" and result.winners:
+            yield from self._stitch(state, [state.finished[i] for i in result.winners])
         elif not result.failed and spec.context == "text":
             self._open_assistant()
-            text = "".join("".join(task.text) for task in winners)
+            texts = {index: "".join(task.text) for index, task in state.finished.items()} | state.texts
+            text = "".join(texts[index] for index in result.winners)
             ids = self.engine.tokenizer.encode([(text, False)], start=self.engine.is_blank(self.context))
             self.context.push(ids, Row.REPREFILL)
             self.text.append(text)
             self.run.check_position(self.context.position)
         self.drop_finished()
-        self.emit(Joined(self.here, state.site, result.ok, result.winners, result.value, result.failed))
         if not result.failed:
             return result.value
         if state.limits.fallback is None and state.callee is not None:
@@ -826,6 +1029,14 @@ class Task:
             context.alias(entries, end)
             context.logits = logits
         self.run.check_position(end)
+
+
+def _said(error: BaseException) -> str:
+    """What an exception of the host's says, of which a run keeps a bounded part."""
+    try:
+        return str(error)[:500]
+    except Exception:
+        return "it cannot be shown"
 
 
 def _all_of(items: list[Value]) -> bool:

@@ -328,13 +328,13 @@ def test_any_char_is_utf8(data: bytes) -> None:
 
 def test_a_type_too_large_is_told(small: Constraints) -> None:
     """A regex that blows up is left to llguidance; a choice that does is refused; neither takes long."""
-    start = time.monotonic()
+    start = time.process_time()
     assert isinstance(small.start(RegexType("(a?b?){9000}c")), MatcherConstraint)
     assert isinstance(small.start(RegexType("(.*a.{12})")), MatcherConstraint)
     with pytest.raises(PlanError) as raised:
         small.start(ChoiceType(tuple(f"{i:06d}{'x' * 90}" for i in range(4000))))
     assert raised.value.code == "bad-choice"
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_a_bad_pattern_or_schema_is_told(small: Constraints) -> None:
@@ -407,8 +407,8 @@ def test_building_is_quick(constraints: Constraints) -> None:
     """Each type well under a second at 49,152 tokens, its masks far under a millisecond once made."""
     vocabulary = Vocabulary(constraints.vocabulary.tokenizer)
     fresh = Constraints(constraints.vocabulary.tokenizer)
-    start = time.monotonic()
+    start = time.process_time()
     for kind, _ in TYPES.values():
         fresh.start(kind)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert vocabulary.size == fresh.vocabulary.size

@@ -49,6 +49,10 @@ ERRORS = {
         'if (q == "a") { x = 1; }; return(x);',
         'if (q == "a") { x = 1; } else { x = 2; }; return(x);',
     ),
+    "plan-too-large": (
+        "loop(1000000) { loop(1000000) { y = 1; }; };",
+        "loop(1000) { loop(10000) { y = 1; }; };",
+    ),
     "bound-twice": ("x = 1; x = 2;", "x = 1; y = 2;"),
     "shadowed-name": (
         'x = 1; y = fork(2) { x = gen("a", max=3); }; return(y);',

@@ -143,3 +143,21 @@ def test_the_fallback_of_a_reduce_stands_for_its_value(items: list[str]) -> None
     found = engine()
     assert one(found.run(plan, {"xs": items})).value == "none"
     assert_idle(found)
+
+
+def test_what_a_join_cut_off_does_not_count_under_deterministic() -> None:
+    """How far cancelled branches had come depends on the lanes; which branch comes first must not."""
+    plan = """
+    p = plan() {
+      text("x");
+      a = fork(i: 4) {
+        b = fork(3) { g = gen(max=20); return(g); } join(first(1));
+        h = gen("k", max=8);
+        return(i);
+      } join(first(1));
+      return(a);
+    }
+    """
+    for seed in range(12):
+        values = {one(engine(deterministic=True, lanes=lanes).run(plan, seed=seed)).value for lanes in (1, 3, 16)}
+        assert len(values) == 1, seed

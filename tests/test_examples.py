@@ -116,3 +116,21 @@ def test_the_python_example_runs() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens aliased") == 2
     assert "RunEnded" in done.stdout
+
+
+def test_the_property_test_finds_its_planted_bug() -> None:
+    """Run as a user would: the policy that deadlocks is found, and shrunk to a fork of two on one lane."""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "property_test.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the scheduler is stuck" in done.stderr
+    shown = done.stderr[done.stderr.index("(plan): Plan(") : done.stderr.index("(trace)")]
+    assert " ".join(shown.split()).startswith('(plan): Plan( main = plan() { x1 = fork(2) { text("a"); }; })')
+    assert "Machine(lanes=1, pages=2," in shown

@@ -406,3 +406,18 @@ def test_a_branch_value_that_is_not_what_it_returned_is_refused() -> None:
         run(plan, branch("x[0]", "Yab", "Yab"), good)
     with pytest.raises(ReferenceMismatch, match="its text"):
         run(plan, branch("x[0]", "ab", "ab"), good)
+
+
+@pytest.mark.parametrize("fresh", ["", ", fresh=true"])
+def test_a_plan_that_calls_itself_too_deep_fails_there(fresh: str) -> None:
+    """The call past `depth` fails its caller without a branch or a join of its own, in a fresh view too."""
+    from law_runs import ROOMY, hold_against_reference, run
+
+    from anabranch.testing import Plan
+
+    call = f'x = aid("a"{fresh});'
+    aid = f'aid = plan(a: text(12), depth=2) {{ g = gen("a", max=1); {call} }}'
+    plan = Plan.parse(f"{aid} main = plan() {{ y = fork(2, fallback=[]) {{ {call} }}; }}")
+    (result,) = run(ROOMY, [plan], seed=0)
+    assert "deeper than 2" in " ".join(branch.reason for branch in result.branches)
+    hold_against_reference(plan, result)

@@ -197,7 +197,7 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise that tokens are drawn with.")] = 0,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Joins close by tokens decoded, not by time; no deadlines.")
+        bool, typer.Option("--deterministic", help="The same bits whatever runs beside; no clock decides a join.")
     ] = False,
     lanes: Lanes = 64,
     pages: Pages = None,
@@ -213,6 +213,10 @@ def run(
         Template | None, typer.Option("--template", help="raw: no chat template. The model's own by default.")
     ] = None,
     functions: Functions = None,
+    journal: Annotated[
+        str | None,
+        typer.Option("--journal", metavar="FILE", help="Write a new journal, from which `resume` goes on when killed."),
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option("--schedule", metavar="FILE", help="Write down what was done, for `verify`.")
     ] = None,
@@ -238,11 +242,32 @@ def run(
             dtype=dtype.value,
             template=template.value if template else None,
             functions=functions,
+            journal=journal,
             schedule=schedule,
             verify=verify,
             as_json=json,
         )
         run_file(file, settings)
+
+
+@app.command()
+def resume(
+    journal: Annotated[str, typer.Argument(metavar="FILE", help="A journal that `run --journal` wrote.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Where the model is now; it must be the one of the journal."),
+    ] = None,
+    functions: Annotated[
+        str | None,
+        typer.Option("--functions", metavar="MODULE", help="Where the functions that the plan calls are now."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Go on with a run that was killed, from its journal."""
+    with reporting():
+        from anabranch.cli.resume import resume_file
+
+        resume_file(journal, model=model, functions=functions, as_json=json)
 
 
 @model_app.callback()

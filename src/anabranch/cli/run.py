@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Event as Flag
 from typing import Any, Literal
 
 import torch
 import typer
 
+import anabranch
 from anabranch.cli.errors import FAILED
 from anabranch.cli.files import check_writable, write_whole
 from anabranch.cli.inputs import read_inputs
@@ -20,10 +24,13 @@ from anabranch.cli.verify import fault_of
 from anabranch.cli.verify import summary as summary_of_schedule
 from anabranch.compiler.recording import Recording, to_json
 from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
+from anabranch.dsl.diagnostics import Source
+from anabranch.dsl.spec import Value
 from anabranch.dsl.values import render
 from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult
 from anabranch.runtime.events import BranchStarted, Event
 from anabranch.runtime.interrupt import stop_on_interrupt
+from anabranch.runtime.journal import Header, Journal
 from anabranch.runtime.models import load
 from anabranch.runtime.recorder import Recorder
 
@@ -46,6 +53,7 @@ class Settings:
     dtype: str
     template: str | None
     functions: str | None
+    journal: str | None
     schedule: str | None
     verify: bool
     as_json: bool
@@ -55,8 +63,13 @@ def run_file(file: str, settings: Settings) -> None:
     """Run a plan of `file` and print what it came to.
 
     Raises typer.Exit with code 1 unless every run ended ok, and PlanError if the plan, its inputs or the model are
-    wrong.
+    wrong, or its journal can't be written.
     """
+    with nullcontext() if settings.journal is None else Journal.create(settings.journal) as journal:
+        _run(file, settings, journal)
+
+
+def _run(file: str, settings: Settings, journal: Journal | None) -> None:
     program = read_program(file)
     plan = chosen_plan(program, settings.plan)
     functions = host_functions(settings.functions)
@@ -80,7 +93,7 @@ def run_file(file: str, settings: Settings) -> None:
     compiled = engine.compile(program, plan.name, tuple(functions))
     for warning in compiled.warnings:
         typer.echo(printable(warning.render(program.source)), err=True)
-    view = _view(settings.as_json, len(given))
+    view = view_of(settings.as_json, len(given))
 
     def listener(run: Run, event: Event) -> None:
         view.show(run.input_index, event)
@@ -88,29 +101,87 @@ def run_file(file: str, settings: Settings) -> None:
     with stop_on_interrupt() as stopped:
         runs = [
             engine.submit(
-                compiled, values, seed=settings.seed, input_index=index, functions=functions, listener=listener
+                compiled,
+                values,
+                seed=settings.seed,
+                input_index=index,
+                functions=functions,
+                listener=listener,
+                log=None if journal is None else journal.log(index),
             )
             for index, values in enumerate(given)
         ]
-        try:
-            while any(run.result is None for run in runs) and not stopped.is_set():
-                engine.step()
-            for run in runs:
-                engine.cancel(run)
-        finally:
-            view.close()
+        if journal is not None:
+            journal.begin(_header(settings, program.source, plan.name, given, model.fingerprint))
+        run_all(engine, runs, view, stopped, journal)
     results = [run.result for run in runs if run.result is not None]
-    if settings.as_json:
-        documents = [as_json(result) for result in results]
-        write_json(documents if settings.inputs_file is not None else documents[0])
-    else:
-        _print(results)
+    show_results(results, as_json=settings.as_json, many=settings.inputs_file is not None)
     if recorder is not None:
         _keep(recorder.recording(), settings, engine)
-    if stopped.is_set():
+    exit_unless_ok(results, stopped=stopped.is_set())
+
+
+def run_all(engine: Engine, runs: Sequence[Run], view: View, stopped: Flag, journal: Journal | None) -> None:
+    """Step until every run is over or `stopped` is set; what runs then is cancelled, and the journal not told of it.
+
+    What a step has brought is durable before the next one.
+    """
+    try:
+        while any(run.result is None for run in runs) and not stopped.is_set():
+            engine.step()
+            if journal is not None:
+                journal.commit()
+        for run in runs:
+            engine.cancel(run)
+    finally:
+        view.close()
+
+
+def show_results(results: Sequence[RunResult], *, as_json: bool, many: bool) -> None:
+    """Print what runs came to. many: with `--json`, as a list whatever their number."""
+    if as_json:
+        documents = [result_document(result) for result in results]
+        write_json(documents if many else documents[0])
+    else:
+        _print(results)
+
+
+def exit_unless_ok(results: Sequence[RunResult], *, stopped: bool) -> None:
+    """Raises typer.Exit with code 1 unless every run ended ok. stopped: by ctrl-C, which is said."""
+    if stopped:
         typer.echo("interrupted: this is what was finished", err=True)
-    if stopped.is_set() or any(result.status != "ok" for result in results):
+    if stopped or any(result.status != "ok" for result in results):
         raise typer.Exit(FAILED)
+
+
+def _header(
+    settings: Settings, source: Source, plan: str, given: Sequence[Mapping[str, Value]], fingerprint: str
+) -> Header:
+    return Header(
+        anabranch=anabranch.__version__,
+        source=source.name,
+        text=source.text,
+        plan=plan,
+        inputs=tuple(given),
+        many=settings.inputs_file is not None,
+        seed=settings.seed,
+        deterministic=settings.deterministic,
+        lanes=settings.lanes,
+        pages=settings.pages,
+        page_size=settings.page_size,
+        chunk=settings.chunk,
+        preempt=settings.preempt,
+        model=_absolute(settings.model),
+        fingerprint=fingerprint,
+        dtype=settings.dtype,
+        template=settings.template,
+        functions=None if settings.functions is None else _absolute(settings.functions),
+    )
+
+
+def _absolute(name: str) -> str:
+    """A name that may be of a file: it is then to be found from any folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _keep(recording: Recording, settings: Settings, engine: Engine) -> None:
@@ -126,7 +197,7 @@ def _keep(recording: Recording, settings: Settings, engine: Engine) -> None:
             typer.echo(summary_of_schedule(report), err=True)
 
 
-def as_json(result: RunResult) -> dict[str, Any]:
+def result_document(result: RunResult) -> dict[str, Any]:
     """A run as the JSON object that `--json` prints; branches in the order they began."""
     began = (event.path for event in result.events if isinstance(event, BranchStarted))
     place = {"/".join(path): index for index, path in enumerate(began)}
@@ -166,17 +237,18 @@ def _print(results: Sequence[RunResult]) -> None:
 def summary(result: RunResult) -> str:
     """The counts of a run in one line."""
     counts = result.counts
+    replayed = f" and {counts['tokens_replayed']} taken from the journal" if counts["tokens_replayed"] else ""
     elapsed = counts["elapsed_s"]
     speed = f" ({counts['tokens_decoded'] / elapsed:.1f} tokens/s)" if elapsed > 0 else ""
     return (
-        f"{result.status}: {len(result.branches)} branches, {counts['tokens_decoded']} tokens decoded, "
+        f"{result.status}: {len(result.branches)} branches, {counts['tokens_decoded']} tokens decoded{replayed}, "
         f"{counts['critical_path_tokens']} on the critical path, {counts['tokens_prefilled']} prefilled, "
         f"{counts['tokens_aliased']} aliased, {counts['tokens_reprefilled']} prefilled again, "
         f"{counts['pages_peak']} pages, {elapsed:.1f} s{speed}"
     )
 
 
-def _view(as_json: bool, num_inputs: int) -> View:
+def view_of(as_json: bool, num_inputs: int) -> View:
     if sys.stderr.isatty():
         from rich.console import Console
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from anabranch.compiler.recording import Recording
-    from anabranch.compiler.scheduler import Machine, Policy
+    from anabranch.compiler.scheduler import Machine, Policy, Waiting
     from anabranch.compiler.verify_recording import Report, ScheduleFault, verify_recording
     from anabranch.testing._adversarial import adversarial_plans
-    from anabranch.testing._machines import machines
+    from anabranch.testing._machines import least_pages, machines
     from anabranch.testing._plan import Plan
     from anabranch.testing._plans import plans
     from anabranch.testing._schedules import schedules
@@ -42,7 +42,9 @@ __all__ = [
     "ScheduleFault",
     "Simulation",
     "Trace",
+    "Waiting",
     "adversarial_plans",
+    "least_pages",
     "machines",
     "plans",
     "schedules",
@@ -53,10 +55,10 @@ __all__ = [
 
 _HOMES: Final = {
     "anabranch.compiler.recording": ("Recording",),
-    "anabranch.compiler.scheduler": ("Machine", "Policy"),
+    "anabranch.compiler.scheduler": ("Machine", "Policy", "Waiting"),
     "anabranch.compiler.verify_recording": ("Report", "ScheduleFault", "verify_recording"),
     "anabranch.testing._adversarial": ("adversarial_plans",),
-    "anabranch.testing._machines": ("machines",),
+    "anabranch.testing._machines": ("least_pages", "machines"),
     "anabranch.testing._plan": ("Plan",),
     "anabranch.testing._plans": ("plans",),
     "anabranch.testing._schedules": ("schedules",),

@@ -16,12 +16,13 @@ def adversarial_plans(*, wide: int = MOST_WIDE, deep: int = MOST_DEEP) -> st.Sea
     """Plans of the shapes on which schedules go wrong, each of which shrinks to its own smallest.
 
     Forks of one and of `wide` cheap branches; forks nested `deep`; nothing before a fork; nothing in a branch; branches
-    that all fail, with a fallback and without; joins of joins, such as a stitch of stitches or a `sum` inside a `max`.
+    that all fail, with a fallback and without; joins of joins, such as a stitch of stitches or a `sum` inside a `max`;
+    branches that write more than all of them have pages for.
     wide: branches at most; deep: forks inside one another at most
     """
     if wide < 1 or not 1 <= deep <= MOST_DEEP:
         raise ValueError(f"forks of {wide} branches, {deep} deep: at least 1, and at most {MOST_DEEP} deep")
-    return st.one_of(_fork_of_one(), _empty(), _all_fail(), _join_of_joins(), _deep(deep), _wide(wide))
+    return st.one_of(_fork_of_one(), _empty(), _all_fail(), _join_of_joins(), hungry_plans(), _deep(deep), _wide(wide))
 
 
 _VALUES = ("all", "first(1)", "vote(v)", "best(v)", "best(logprob)", "quorum(1, v)")
@@ -97,9 +98,18 @@ def _join_of_joins(draw: st.DrawFn) -> Plan:
 
 
 @st.composite
+def hungry_plans(draw: st.DrawFn) -> Plan:
+    """Equal branches that may all write much, on as many pages as they find."""
+    width, long = draw(st.integers(2, 6)), draw(st.integers(4, 20))
+    inner = draw(st.sampled_from(["", 'fork(2) { gen("k", max=4); } join(all, stitch);']))
+    fork = _fork(width, f"gen(max={long}); {inner}", draw(_values), draw(_contexts))
+    return _plan('text("a");', fork, draw(_afters))
+
+
+@st.composite
 def _deep(draw: st.DrawFn, deep: int) -> Plan:
     """Forks inside one another, one branch each but for one of two."""
-    depth = draw(st.integers(1, deep))
+    depth = draw(st.integers(1, deep) | st.just(deep))
     doubled = draw(st.integers(0, depth - 1))
     value, context, between = draw(_values), draw(_contexts), draw(_bodies)
     body = draw(_bodies)
@@ -111,7 +121,7 @@ def _deep(draw: st.DrawFn, deep: int) -> Plan:
 @st.composite
 def _wide(draw: st.DrawFn, wide: int) -> Plan:
     """A fork of many cheap branches."""
-    width = draw(st.integers(1, wide))
+    width = draw(st.integers(1, wide) | st.just(wide))
     limit = draw(st.sampled_from(["", f", limit={max(1, width // 3)}"]))
     body = draw(st.sampled_from(["", 'text("b");', "gen(max=1);", "gen(max=2); need(false);"]))
     value = draw(st.sampled_from([*_VALUES, "all(min=1)", f"first({max(1, width // 2)})"]))

@@ -6,7 +6,7 @@ deep, and `fuel` bounds the tokens of a plan in the worst case, so that one dens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from anabranch.dsl import ast
 from anabranch.dsl.ast import Apply, Arg, Binary, Bool, Expr, Field, Float, Index, Int, List, Name, Option, Str
+from anabranch.dsl.diagnostics import Span
 from anabranch.dsl.spec import Value
 from anabranch.testing._plan import Plan
 
@@ -40,12 +41,9 @@ def plans(*, fuel: int = 90, max_depth: int = 3, deadlines: bool = True) -> st.S
 @st.composite
 def _plans(draw: st.DrawFn, fuel: int, max_depth: int, deadlines: bool) -> Plan:
     maker = _Maker(draw, fuel, max_depth, deadlines)
-    found = []
-    if maker.chance(25):
-        found.append(maker.helper())
-    found.append(maker.main())
+    main = maker.main()
     functions = {name: FUNCTIONS[name] for name in sorted(maker.called)}
-    return Plan(ast.Program(tuple(found)), maker.inputs(), functions)
+    return Plan(ast.Program((*maker.helpers, main)), maker.inputs(param.name for param in main.params), functions)
 
 
 def _half(n: int) -> int:
@@ -76,6 +74,12 @@ _INPUT_WORDS = st.text(st.sampled_from("ab é1.\n#{"), max_size=5)
 def _statement(draw: st.DrawFn, maker: _Maker, block: _Block) -> None:
     """One statement, as a unit that shrinking can take out whole."""
     maker.statement(block, draw(_below(100)))
+
+
+@st.composite
+def _main_fork(draw: st.DrawFn, maker: _Maker, block: _Block) -> None:
+    """The fork that every plan has, as such a unit."""
+    maker.forking(block, draw(_below(11)))
 
 
 @st.composite
@@ -144,7 +148,9 @@ class _Maker:
         self.max_depth = max_depth
         self.deadlines = deadlines
         self.num_names = 0
-        self.helpers: dict[str, Kind] = {}
+        self.helpers: list[ast.PlanDef] = []
+        self.helper_kind: Kind | None = None
+        self.in_helper = False
         self.inherits_max = False
         self.called: set[str] = set()
 
@@ -176,15 +182,19 @@ class _Maker:
 
     # --- plans
 
-    def inputs(self) -> dict[str, Value]:
-        return {
-            "q": self.draw(_INPUT_WORDS),
-            "n": self.pick([2, 1, 3, 0]),
-            "xs": [self.draw(_INPUT_WORDS) for _ in range(self.pick([2, 1, 3]))],
+    def inputs(self, names: Iterable[str]) -> dict[str, Value]:
+        """Values for those of the parameters that the plan has."""
+        makers: dict[str, Callable[[], Value]] = {
+            "q": lambda: self.draw(_INPUT_WORDS),
+            "n": lambda: self.pick([2, 1, 3, 0]),
+            "xs": lambda: [self.draw(_INPUT_WORDS) for _ in range(self.pick([2, 1, 3]))],
         }
+        return {name: makers[name]() for name in names}
 
-    def helper(self) -> ast.PlanDef:
-        """A small plan that others call, and that may call itself."""
+    def helper(self) -> Kind:
+        """Write a small plan that others call, and that may call itself; the kind of its value."""
+        self.in_helper = True
+        inherited, self.inherits_max = self.inherits_max, False
         depth = 2 if self.chance(40) else 0
         block = _Block({"a": "text"}, False, 6 if depth else 2, 2)
         if depth:
@@ -196,16 +206,17 @@ class _Maker:
         self.statements(block, 1, 2)
         body, kind = self.ended(block)
         options = (Option("depth", Int(depth)),) if depth else ()
-        self.helpers["aid"] = kind
-        return ast.PlanDef("aid", (ast.Param("a", _call("text", Int(12))),), options, body)
+        self.helpers.append(ast.PlanDef("aid", (ast.Param("a", _call("text", Int(12))),), options, body))
+        self.in_helper, self.inherits_max = False, inherited
+        return kind
 
     def main(self) -> ast.PlanDef:
         block = _Block({"q": "text", "n": "int", "xs": "texts"}, False, 1, 0)
-        params = (
+        params = [
             ast.Param("q", _call("text", Int(12))),
             ast.Param("n", Name("int")),
             ast.Param("xs", _call("list", Int(3), _call("text", Int(12)))),
-        )
+        ]
         options: list[Option] = []
         if self.chance(8):
             options.append(Option("budget", Int(self.number(1, 40))))
@@ -219,11 +230,14 @@ class _Maker:
             block.add(ast.Write("user", self.text(block)))
             block.continues = block.chat = True
         self.statements(block, 0, 2)
-        self.forking(block)
-        self.statements(block, 1, 3)
+        self.draw(_main_fork(self, block))
+        self.statements(block, 0, 3)
         if self.chance(60):
             self.gen(block)
-        return ast.PlanDef("main", params, tuple(options), self.ended(block)[0])
+        body = self.ended(block)[0]
+        read: set[str] = set()
+        _collect_names(body, read)
+        return ast.PlanDef("main", tuple(param for param in params if param.name in read), tuple(options), body)
 
     def ended(self, block: _Block) -> tuple[ast.Block, Kind]:
         """The block with or without a `return`, and the kind of its value."""
@@ -251,16 +265,16 @@ class _Maker:
         may_fork = block.depth < self.max_depth and block.inside <= 6 and self.fuel > 0
         may_nest = block.inside <= 6 and self.fuel > 0
         options: list[tuple[int, bool, Callable[[_Block], None]]] = [
-            (12, True, self.text_statement),
-            (20, True, self.gen),
-            (4, True, self.let),
+            (10, True, self.text_statement),
+            (18, True, self.gen),
+            (8, True, self.let),
             (4, block.depth > 0, self.need),
             (4, block.chat, self.turn),
             (8, may_nest, self.condition),
             (4, may_nest, self.loop),
             (28, may_fork, self.forking),
             (8, may_fork, self.reduce),
-            (8, may_fork and bool(self.helpers), self.call),
+            (8, may_fork and not self.in_helper, self.call),
         ]
         for weight, may, write in options:
             if roll < weight:
@@ -356,7 +370,7 @@ class _Maker:
                 options.append(Option("type", _call("json", Str((schema,)))))
         options.append(Option("max", Int(self.number(least, max(least, most)))))
         if self.chance(25):
-            options.append(Option("temperature", self.pick([Int(0), Float(0.7), Int(3)])))
+            options.append(Option("temperature", self.pick(_TEMPERATURES)))
         if self.chance(10):
             options.append(
                 self.pick([Option("top_k", Int(5)), Option("top_p", Float(0.9)), Option("min_p", Float(0.05))])
@@ -396,17 +410,15 @@ class _Maker:
         for items in self.of_kind(block, *_ITEM_OF):
             forms.append((_call("len", Name(items)), "int"))
             forms.append((Index(Name(items), Int(0)), _ITEM_OF[block.names[items]]))
+        rarer: list[tuple[Expr, Kind]] = []
         for record, fields in block.fields.items():
-            forms += [(Field(Name(record), label), kind) for label, kind in fields.items()]
-        if self.chance(20):
-            numbers, texts = self.of_kind(block, "int"), self.of_kind(block, "text")
-            if texts:
-                forms = [
-                    (_call("lines", Name(self.pick(texts))), "other"),
-                    (_call("first_of", Name(texts[-1])), "other"),
-                ]
-            elif numbers:
-                forms = [(_call("half", Name(self.pick(numbers))), "other")]
+            rarer += [(Field(Name(record), label), kind) for label, kind in fields.items()]
+        for number in self.of_kind(block, "int")[-2:]:
+            rarer += [(_call("half", Name(number)), "other"), (ast.Unary("-", Name(number)), "int")]
+        for text in self.of_kind(block, "text")[-2:]:
+            rarer += [(_call("lines", Name(text)), "other"), (_call("first_of", Name(text)), "other")]
+        if rarer and self.chance(60):
+            forms = rarer
         value, kind = self.pick(forms)
         if isinstance(value, Apply) and value.function in FUNCTIONS:
             self.called.add(value.function)
@@ -472,8 +484,9 @@ class _Maker:
 
     # --- forks
 
-    def forking(self, block: _Block) -> None:
-        self.weighted([(4, self.fork), (4, self.branches), (3, self.map)])(block)
+    def forking(self, block: _Block, roll: int | None = None) -> None:
+        roll = self.draw(_below(11)) if roll is None else roll
+        (self.fork if roll < 4 else self.branches if roll < 8 else self.map)(block)
 
     def child(self, block: _Block, width: int, options: Sequence[Option] = ()) -> _Block:
         written = {option.name for option in options}
@@ -632,35 +645,33 @@ class _Maker:
 
         several: whether a count above one may be asked for; outer: the fork is in no other, and stitches more often
         """
-        stitch = 20 if outer else 6
-        context = self.weighted([(2, "drop"), (2, "text")] if fresh else [(2, "drop"), (2, "text"), (stitch, "stitch")])
-        positions = self.pick(["max", "sum"]) if context == "stitch" else "max"
+        context = self.weighted([(2, _DROP), (2, _TEXT), (0 if fresh else 20 if outer else 6, _STITCH)])
+        if context.kind == "stitch" and self.chance(50):
+            context = ast.JoinContext("stitch", "sum")
         many = 20 if outer else 6
         kind = self.weighted([(many, "all"), (3, "first"), (2, "vote"), (2, "best"), (1, "logprob"), (1, "quorum")])
-        key: str | None = None
         count: Expr | None = None
-        by: Any = None
         match kind:
             case "all":
                 if self.chance(60 if outer else 35):
                     count = Int(self.number(1, width))
+                elif context.kind == "drop" and not self.chance(50):
+                    return None, None
+                return ast.Join(ast.JoinValue("all", count), context), None
             case "first":
                 count = Int(self.number(1, width) if several else 1)
+                return ast.Join(ast.JoinValue("first", count), context), None
             case "vote":
-                key, by = self.name(), self.pick([None, "casefold", "number"])
+                key = self.name()
+                return ast.Join(ast.JoinValue("vote", None, key, self.pick(_BY)), context), key
             case "best":
                 key = self.name()
+                return ast.Join(ast.JoinValue("best", None, key), context), key
             case "logprob":
-                return (
-                    ast.Join(ast.JoinValue("best", None, "logprob"), ast.JoinContext(_context(context), positions)),
-                    None,
-                )
-            case "quorum":
-                key, count = self.name(), Int(self.number(1, width))
-        if kind == "all" and count is None and context == "drop" and self.chance(50):
-            return None, None
-        value = ast.JoinValue(kind, count, key, by)  # type: ignore[arg-type]
-        return ast.Join(value, ast.JoinContext(_context(context), positions)), key
+                return ast.Join(ast.JoinValue("best", None, "logprob"), context), None
+            case _:
+                key = self.name()
+                return ast.Join(ast.JoinValue("quorum", Int(self.number(1, width)), key), context), key
 
     def ensure_key(self, child: _Block, key: str | None) -> None:
         """Bind the join's key: a small number, so that votes agree and scores differ."""
@@ -754,8 +765,7 @@ class _Maker:
         block.bind(name, kind)
 
     def call(self, block: _Block) -> None:
-        plan = self.pick(list(self.helpers))
-        kind = self.helpers[plan]
+        kind = self.helper_kind = self.helper() if self.helper_kind is None else self.helper_kind
         name = self.name()
         options: list[Option] = []
         if self.chance(30):
@@ -767,9 +777,13 @@ class _Maker:
         options += self.deadline(8)
         options += self.fallback(kind)
         self.fuel -= 10 * block.inside
-        block.add(ast.Call(name, plan, (Arg(None, self.text(block)),), tuple(options)))
+        block.add(ast.Call(name, "aid", (Arg(None, self.text(block)),), tuple(options)))
         block.bind(name, kind)
 
+
+_TEMPERATURES: tuple[Expr, ...] = (Int(0), Float(0.7), Int(3))
+_BY: tuple[Literal["casefold", "number"] | None, ...] = (None, "casefold", "number")
+_DROP, _TEXT, _STITCH = ast.JoinContext("drop"), ast.JoinContext("text"), ast.JoinContext("stitch")
 
 _SCHEMAS: tuple[tuple[str, Kind, dict[str, Kind], int], ...] = (
     ('{"type": "integer"}', "int", {}, 2),
@@ -786,8 +800,16 @@ _SCHEMAS: tuple[tuple[str, Kind, dict[str, Kind], int], ...] = (
 """Schemas with the kind of their values, the fields of records, and tokens that are enough for one."""
 
 
-def _context(word: str) -> Any:
-    return word
+def _collect_names(node: object, found: set[str]) -> None:
+    """Add every name that is read in a piece of syntax."""
+    if isinstance(node, Name):
+        found.add(node.id)
+    elif isinstance(node, tuple):
+        for item in node:
+            _collect_names(item, found)
+    elif hasattr(node, "__slots__") and not isinstance(node, Span):
+        for name in node.__slots__:
+            _collect_names(getattr(node, name), found)
 
 
 def _call(function: str, *args: Expr) -> Apply:

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 
 def register() -> None:
     """Called when Hypothesis is imported, so it imports the types and nothing that makes values of them."""
-    from anabranch.compiler.recording import Recording
-    from anabranch.compiler.scheduler import Machine
-    from anabranch.testing._plan import Plan
-    from anabranch.testing._trace import Trace
-
+    try:
+        from anabranch.compiler.recording import Recording
+        from anabranch.compiler.scheduler import Machine
+        from anabranch.testing._plan import Plan
+        from anabranch.testing._trace import Trace
+    except ImportError:
+        # An installation with something missing says so where it is used; others still have their Hypothesis.
+        return
     st.register_type_strategy(Plan, _plans)
     st.register_type_strategy(Trace, _traces)
     st.register_type_strategy(Machine, _machines)

@@ -9,7 +9,7 @@ from anabranch.testing._trace import Outcome, Trace
 _outcomes = st.builds(
     Outcome,
     length=st.sampled_from([1, 0, 2, 3, 5, 9]),
-    ending=st.sampled_from(["max", "end_of_turn", "stop", "max", "end_of_turn", "failed"]),
+    ending=st.sampled_from([*["max", "end_of_turn", "stop"] * 5, "failed"]),
     content=st.integers(0, 3),
 )
 
@@ -29,4 +29,4 @@ def traces(*, cancels: bool = True, step_s: float | None = None) -> st.SearchStr
 
 
 # Most runs are left to end.
-_CANCELS = st.sampled_from([None, None, None, None, None, None, None, 0, 1, 3, 7, 15])
+_CANCELS = st.sampled_from([*[None] * 20, 0, 1, 3, 7, 15])
