@@ -115,15 +115,19 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: 
 
 # Columns of the task list, in order. One row is one chunk of keys and up to block_m // query_group rows that see it.
 TASK_PAGES = 0  # where in `task_pages` the chunk's pages begin
-TASK_FIRST = 1  # the chunk's first token, within its segment
-TASK_LENGTH = 2  # its tokens, planned
-TASK_SEGMENT = 3  # index into `segment_length` of a segment that still grows, or -1
+TASK_LENGTH = 1  # the slots it spans: of every page all, but for the last
+TASK_SEGMENT = 2  # index into `segment_length` of the segment that still grows, or -1
+TASK_FIRST = 3  # where the chunk begins in that segment
 TASK_ROWS = 4  # where in `task_rows` its rows begin
 TASK_NUM_ROWS = 5
 TASK_PART = 6  # the partial state of its first row; the others follow
 TASK_SHIFT = 7  # added to the positions of the keys, as its rows see them
-TASK_START = 8  # the position of its first key, as it was written
-TASK_FIELDS = 9
+TASK_FIELDS = 8
+
+# An entry of `task_pages` is page << PAGE_BITS | tokens: a chunk may hold several short segments, and each ends in the
+# middle of a page.
+PAGE_BITS = 8
+MAX_PAGES = 1 << (31 - PAGE_BITS)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 64, 128)
@@ -133,8 +137,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def segment_attention(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
-    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, segment_length: Tensor,
-    *, num_parts: int, scale: float, window: int = 0, block_m: int = 64,
+    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
+    segment_length: Tensor, *, num_parts: int, scale: float, window: int = 0, block_m: int = 64,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Decode attention, task by task: a chunk of keys is read once for all the rows of its task.
 
@@ -146,7 +150,8 @@ def segment_attention(
         under shift s is rotated, in fp32 and then rounded to the keys' type, to its position less s; |position - s| is
         below num_positions
     tasks: [max_tasks, TASK_FIELDS], int32, contiguous; num_tasks: [1], int32: how many of them count
-    task_rows, task_pages: int32, where the tasks find their rows and pages
+    task_rows: int32, the rows of the tasks; task_pages: int32, their pages, page << PAGE_BITS | tokens that are keys
+    page_start: int32, beside task_pages: the position of the first key of each, as it was written
     segment_length: int32: tokens now written of the segments that still grow; masks what is planned ahead
     num_parts: capacity for partial states
     scale: on the scores
@@ -160,7 +165,7 @@ def segment_attention(
     with FlashDecoding's split over keys.
     """
     _check(q, positions, k, v, cos, sin, tasks, block_m)
-    lists = (num_tasks, task_rows, task_pages, segment_length)
+    lists = (num_tasks, task_rows, task_pages, page_start, segment_length)
     if any(x.dtype != torch.int32 or not x.is_contiguous() for x in (positions, tasks, *lists)):
         raise ValueError("positions and the task lists are int32 and contiguous")
     parts: tuple[Tensor, Tensor] = _segment_attention(
@@ -171,8 +176,8 @@ def segment_attention(
 
 def segment_attention_torch(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
-    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, segment_length: Tensor,
-    num_parts: int, scale: float, window: int, block_m: int,
+    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
+    segment_length: Tensor, num_parts: int, scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition of `segment_attention`: each task's keys are gathered, and attended to in fp32."""
     _, num_heads, head_dim = q.shape
@@ -182,20 +187,24 @@ def segment_attention_torch(
     lse = q.new_full((num_parts, num_heads), float("-inf"), dtype=torch.float32)
     lengths = segment_length.tolist()
     for task in tasks[: int(num_tasks)].tolist():
-        pages, first, length, segment, row_first, num_rows, part, shift, start = task
+        pages, length, segment, first, row_first, num_rows, part, shift = task
         if segment >= 0:
             length = max(0, min(length, lengths[segment] - first))
         rows = task_rows[row_first : row_first + num_rows].long()
-        token = torch.arange(length)
-        page = task_pages[pages + token // page_size].long()
-        keys, values = (x[page, :, token % page_size].transpose(0, 1).float() for x in (k, v))
+        span = torch.arange(length)
+        entry = task_pages[pages + span // page_size].long()
+        slot = span % page_size
+        is_key = slot < (entry & ((1 << PAGE_BITS) - 1))
+        page, slot = (entry >> PAGE_BITS)[is_key], slot[is_key]
+        position = page_start[pages + span // page_size][is_key] + slot
+        keys, values = (x[page, :, slot].transpose(0, 1).float() for x in (k, v))
         angle = positions[rows].long() - shift
         c, s = cos[angle.abs()][:, None], (sin[angle.abs()] * angle.sign()[:, None])[:, None]
         low, high = q[rows, :, :half].float(), q[rows, :, half:].float()
         rotated = torch.cat((low * c - high * s, high * c + low * s), dim=-1).to(k.dtype).float()
-        visible = torch.ones(num_rows, length, dtype=torch.bool)
+        visible = torch.ones(num_rows, len(slot), dtype=torch.bool)
         if window:
-            visible = angle[:, None] - (start + token)[None, :] < window
+            visible = angle[:, None] - position[None, :] < window
         found = attention_torch(rotated, keys, values, visible, scale=scale)
         out[part : part + num_rows], lse[part : part + num_rows] = found
     return out, lse
@@ -217,6 +226,8 @@ def _check(
         raise ValueError(f"a page of {page_size} tokens is not supported: it is one of {PAGE_SIZES}")
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v share one type of fp32, fp16 and bf16; they are {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[0] > MAX_PAGES:
+        raise ValueError(f"a pool of {k.shape[0]} pages is not supported: page numbers stop at {MAX_PAGES}")
     if k.shape != v.shape or k.shape[3] != head_dim:
         raise ValueError(f"keys of {list(k.shape)} and values of {list(v.shape)} do not go with heads of {head_dim}")
     if num_heads % num_kv_heads:
@@ -244,11 +255,11 @@ def _check(
 @torch.library.custom_op("anabranch::segment_attention_cpu", mutates_args=())
 def _on_cpu(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
-    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, segment_length: Tensor,
-    num_parts: int, scale: float, window: int, block_m: int,
+    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
+    segment_length: Tensor, num_parts: int, scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return segment_attention_torch(
-        q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, segment_length,
+        q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, page_start, segment_length,
         num_parts, scale, window, block_m,
     )  # fmt: skip
 
@@ -256,12 +267,12 @@ def _on_cpu(
 @define_op("anabranch::segment_attention")
 def _segment_attention(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
-    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, segment_length: Tensor,
-    num_parts: int, scale: float, window: int, block_m: int,
+    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
+    segment_length: Tensor, num_parts: int, scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if q.device.type == "cpu":
         parts: tuple[Tensor, Tensor] = _on_cpu(
-            q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, segment_length,
+            q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, page_start, segment_length,
             num_parts, scale, window, block_m,
         )  # fmt: skip
         return parts
@@ -270,7 +281,7 @@ def _segment_attention(
     out, lse = _parts(q, num_parts)
     on_gpu.launch_segment_attention(
         torch.library.wrap_triton(on_gpu.segment_attention_kernel),
-        q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, segment_length, out, lse,
+        q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, page_start, segment_length, out, lse,
         scale=scale, window=window, block_m=block_m,
     )  # fmt: skip
     return out, lse
@@ -283,8 +294,8 @@ def _parts(q: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
 
 def _fake(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
-    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, segment_length: Tensor,
-    num_parts: int, scale: float, window: int, block_m: int,
+    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
+    segment_length: Tensor, num_parts: int, scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _parts(q, num_parts)
 

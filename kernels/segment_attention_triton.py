@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anabranch.kernels.jit import HAS_TRITON, jit, power_of_two
-from anabranch.kernels.segment_attention import DTYPES, HEAD_DIMS, PAGE_SIZES, TASK_FIELDS, supports
+from anabranch.kernels.segment_attention import DTYPES, HEAD_DIMS, PAGE_BITS, PAGE_SIZES, TASK_FIELDS, supports
 from anabranch.kernels.shipped import Config, Matrix, pointer
 
 if HAS_TRITON:
@@ -29,12 +29,12 @@ def segment_attention_kernel(
     k_ptr, k_stride_page, k_stride_head, k_stride_slot,
     v_ptr, v_stride_page, v_stride_head, v_stride_slot,
     cos_ptr, sin_ptr, num_positions,
-    tasks_ptr, num_tasks_ptr, task_rows_ptr, task_pages_ptr, segment_length_ptr,
+    tasks_ptr, num_tasks_ptr, task_rows_ptr, task_pages_ptr, page_start_ptr, segment_length_ptr,
     out_ptr, lse_ptr,
     scale, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TASK_FIELDS: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    WINDOWED: tl.constexpr, PAGE_BITS: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of each (task, KV head), as `segment_attention_torch` defines it.
 
@@ -60,14 +60,14 @@ def segment_attention_kernel(
         head = tl.cast(item % NUM_KV_HEADS, tl.int64)
         task = tasks_ptr + (item // NUM_KV_HEADS) * TASK_FIELDS
         pages = task_pages_ptr + tl.load(task)
-        first = tl.load(task + 1)
-        length = tl.load(task + 2)
-        segment = tl.load(task + 3)
+        starts = page_start_ptr + tl.load(task)
+        length = tl.load(task + 1)
+        segment = tl.load(task + 2)
+        first = tl.load(task + 3)
         rows = task_rows_ptr + tl.load(task + 4)
         num_rows = tl.load(task + 5)
         part = tl.load(task + 6)
         shift = tl.load(task + 7)
-        start = tl.load(task + 8)
         # An open segment is planned ahead: what is not written yet is masked by its length now.
         filled = tl.load(segment_length_ptr + segment, mask=segment >= 0, other=0) - first
         length = tl.where(segment >= 0, tl.minimum(length, filled), length)
@@ -97,10 +97,12 @@ def segment_attention_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, 2 * BLOCK_HALF], tl.float32)
         for begin in range(0, length, BLOCK_N):
-            token = begin + n
-            token_ok = token < length
-            page = tl.load(pages + token // PAGE_SIZE, mask=token_ok, other=0).to(tl.int64)
-            slot = token % PAGE_SIZE
+            span = begin + n
+            slot = span % PAGE_SIZE
+            entry = tl.load(pages + span // PAGE_SIZE, mask=span < length, other=0)
+            page = (entry >> PAGE_BITS).to(tl.int64)
+            key_ok = slot < (entry & ((1 << PAGE_BITS) - 1))
+            key_ok = key_ok & (span < length)
             k_at = (
                 k_ptr
                 + page[:, None] * k_stride_page
@@ -108,14 +110,15 @@ def segment_attention_kernel(
                 + slot[:, None] * k_stride_slot
                 + half[None, :]
             )
-            k_ok = token_ok[:, None] & half_ok[None, :]
+            k_ok = key_ok[:, None] & half_ok[None, :]
             k_low = tl.load(k_at, mask=k_ok, other=0.0)
             k_high = tl.load(k_at + HALF, mask=k_ok, other=0.0)
             score = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
             score = tl.dot(q_high, tl.trans(k_high), score, input_precision="ieee")
-            seen = token_ok[None, :] & row_ok[:, None]
+            seen = key_ok[None, :] & row_ok[:, None]
             if WINDOWED:
-                seen = seen & (angle[:, None] - (start + token)[None, :] < window)
+                position = tl.load(starts + span // PAGE_SIZE, mask=span < length, other=0) + slot
+                seen = seen & (angle[:, None] - position[None, :] < window)
             score = tl.where(seen, score * (scale * log2e), float("-inf"))
             peak = tl.maximum(largest, tl.max(score, 1))
             # While a row has seen nothing its peak is -inf, and -inf - -inf would be NaN.
@@ -130,7 +133,7 @@ def segment_attention_kernel(
                 + slot[:, None] * v_stride_slot
                 + wide[None, :]
             )
-            value = tl.load(v_at, mask=token_ok[:, None] & wide_ok[None, :], other=0.0)
+            value = tl.load(v_at, mask=key_ok[:, None] & wide_ok[None, :], other=0.0)
             acc = tl.dot(weight.to(kind), value, acc * keep[:, None], input_precision="ieee")
             largest = peak
 
@@ -171,7 +174,8 @@ def num_programs(device: torch.device) -> int:
 def launch_segment_attention(
     kernel: Any,
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
-    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, segment_length: Tensor,
+    tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
+    segment_length: Tensor,
     out: Tensor, lse: Tensor, *, scale: float, window: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill `out` and `lse` at the parts that the tasks name. Arguments as `segment_attention`'s, which checks them.
@@ -185,13 +189,13 @@ def launch_segment_attention(
         k, k.stride(0), k.stride(1), k.stride(2),
         v, v.stride(0), v.stride(1), v.stride(2),
         cos, sin, cos.shape[0],
-        tasks, num_tasks, task_rows, task_pages, segment_length,
+        tasks, num_tasks, task_rows, task_pages, page_start, segment_length,
         out, lse,
         scale, window,
         NUM_KV_HEADS=num_kv_heads, GROUP=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_HALF=max(16, power_of_two(head_dim // 2)),
         PAGE_SIZE=page_size, BLOCK_M=block_m, BLOCK_N=block_keys(head_dim, k.element_size()),
-        TASK_FIELDS=tasks.shape[1], WINDOWED=window > 0,
+        TASK_FIELDS=tasks.shape[1], WINDOWED=window > 0, PAGE_BITS=PAGE_BITS,
         **options(head_dim, k.element_size(), block_m),
     )  # fmt: skip
 
@@ -212,12 +216,14 @@ def shipped(head_dim: int, dtype: torch.dtype, page_size: int, block_m: int, gro
             "v_ptr": pool, "v_stride_page": "i32", "v_stride_head": "i32", "v_stride_slot": "i32",
             "cos_ptr": "*fp32", "sin_ptr": "*fp32", "num_positions": "i32",
             "tasks_ptr": "*i32", "num_tasks_ptr": "*i32", "task_rows_ptr": "*i32", "task_pages_ptr": "*i32",
-            "segment_length_ptr": "*i32", "out_ptr": "*fp32", "lse_ptr": "*fp32", "scale": "fp32", "window": "i32",
+            "page_start_ptr": "*i32", "segment_length_ptr": "*i32", "out_ptr": "*fp32", "lse_ptr": "*fp32",
+            "scale": "fp32", "window": "i32",
         },
         {
             "NUM_KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim,
             "BLOCK_HALF": max(16, power_of_two(head_dim // 2)), "PAGE_SIZE": page_size, "BLOCK_M": block_m,
             "BLOCK_N": block_keys(head_dim, dtype.itemsize), "TASK_FIELDS": TASK_FIELDS, "WINDOWED": windowed,
+            "PAGE_BITS": PAGE_BITS,
         },
         tuned["num_warps"],
         tuned["num_stages"],

@@ -1,14 +1,16 @@
 """From the views of a wave to the flat task and row lists that `segment_attention` and `merge_parts` run over.
 
 A *run* is what the same rows always see together: the entries of one link of the view chain, or the open segment of one
-row. Its keys are cut into chunks of a constant number of tokens at multiples within each segment, so a row's split
-points depend on its own view alone; balance comes from the order of the tasks, longest first. Runs and chunks are laid
-out once, when they are first seen; a plan then is a few sorts and sums over (row, run) pairs.
+row. Its keys are cut into chunks: each segment at multiples of a constant number of tokens, and what is left of
+neighbours under one shift goes together while it fits, so that a join of many short branches is not as many partial
+states. A row's split points thus depend on its own view alone; balance comes from the order of the tasks, longest
+first. Runs and chunks are laid out once, when they are first seen; a plan then is a few sorts and sums over (row, run)
+pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from anabranch.kernels.segment_attention import (
+    MAX_PAGES,
+    PAGE_BITS,
     TASK_FIELDS,
     TASK_LENGTH,
     TASK_NUM_ROWS,
@@ -23,7 +27,7 @@ from anabranch.kernels.segment_attention import (
     TASK_ROWS,
     TASK_SEGMENT,
 )
-from anabranch.runtime.pages import Segment, View
+from anabranch.runtime.pages import Entry, Segment, View
 
 # By counted bytes (benchmarks/bytes.py): at 8k x 16 rows of 32/8 heads, partial states are 13% of the bytes of K and V;
 # chunks of 512 make it 25%. Not measured on a GPU.
@@ -63,18 +67,19 @@ class Capacity:
 class TaskLists:
     """Staging buffers of a plan, each int32 and of a fixed capacity. Layouts are those of `segment_attention`.
 
-    tasks: [tasks, TASK_FIELDS]; num_tasks: [1]; task_rows: [task_rows]; task_pages: [pages]
+    tasks: [tasks, TASK_FIELDS]; num_tasks: [1]; task_rows: [task_rows]; task_pages, page_start: [pages]
     row_parts_indptr: [rows + 1]; row_parts: [parts]
     TASK_SEGMENT is the row whose open segment it is, so `segment_length` is a length a row.
     """
 
-    __slots__ = ("num_tasks", "row_parts", "row_parts_indptr", "task_pages", "task_rows", "tasks")
+    __slots__ = ("num_tasks", "page_start", "row_parts", "row_parts_indptr", "task_pages", "task_rows", "tasks")
 
     def __init__(self, capacity: Capacity) -> None:
         self.tasks: Ints = np.zeros((capacity.tasks, TASK_FIELDS), dtype=np.int32)
         self.num_tasks: Ints = np.zeros(1, dtype=np.int32)
         self.task_rows: Ints = np.zeros(capacity.task_rows, dtype=np.int32)
         self.task_pages: Ints = np.zeros(capacity.pages, dtype=np.int32)
+        self.page_start: Ints = np.zeros(capacity.pages, dtype=np.int32)
         self.row_parts_indptr: Ints = np.zeros(capacity.rows + 1, dtype=np.int32)
         self.row_parts: Ints = np.zeros(capacity.parts, dtype=np.int32)
 
@@ -126,6 +131,7 @@ class TaskPlanner:
         # A chunk is a task that has no rows yet.
         self._chunks: Ints = np.zeros((capacity.chunks, TASK_FIELDS), dtype=np.int32)
         self._pages: Ints = np.zeros(capacity.pages, dtype=np.int32)
+        self._page_start: Ints = np.zeros(capacity.pages, dtype=np.int32)
         self._max_runs = min(MAX_RUNS, capacity.chunks)
         self._run_first = np.zeros(self._max_runs, dtype=np.int64)
         self._run_chunks = np.zeros(self._max_runs, dtype=np.int64)
@@ -200,6 +206,7 @@ class TaskPlanner:
         into.num_tasks[0] = num_tasks
         into.task_rows[:pairs] = rows_of
         into.task_pages[: self._num_pages] = self._pages[: self._num_pages]
+        into.page_start[: self._num_pages] = self._page_start[: self._num_pages]
 
         run_of = np.repeat(np.arange(len(used)), readers)
         part = np.empty(pairs, dtype=np.int64)
@@ -249,12 +256,11 @@ class TaskPlanner:
         else:
             # Room for whole chunks: the pages that the segment comes to hold go in where it is.
             slots = self._take(count, count * self._chunk_pages)
-        self._pages[slots.page : slots.page + len(segment.pages)] = segment.pages
+        self._put(slots.page, segment, 0, tokens)
         for number in range(count):
-            done = number * self.chunk_tokens
+            first = number * self.chunk_tokens
             self._chunks[slots.chunk + number] = (
-                slots.page + number * self._chunk_pages, done, min(self.chunk_tokens, tokens - done), 0, 0, 0, 0, 0,
-                segment.start + done,
+                slots.page + number * self._chunk_pages, min(self.chunk_tokens, tokens - first), 0, first, 0, 0, 0, 0,
             )  # fmt: skip
         runs = np.append(self._chain(row.view), np.int16(slots.run))
         own = self._open[segment.number] = _Open(row.view, list(segment.pages), slots, runs)
@@ -285,50 +291,77 @@ class TaskPlanner:
         return runs
 
     def _link(self, link: View) -> tuple[int, ...]:
-        """The runs of one link: one, and at the root one more for each full chunk.
+        """The runs of one link: one, but at the root one a chunk.
 
-        Roots may hold the same cached pages; what lies at the same positions in the same pages is then one run.
+        Roots may hold the same cached pages: full chunks of the same pages at the same positions are one run.
         """
         known = self._links.get(id(link))
         if known is not None:
             return known[1]
-        runs: list[int] = []
-        pieces: list[_Piece] = []
-        for segment, shift in ((e.segment, e.shift) for e in link.entries):
-            whole = segment.length - segment.length % self.chunk_tokens if link.parent is None else 0
-            for first in range(0, whole, self.chunk_tokens):
-                page = first // self.page_size
-                key = (segment.start + first, shift, tuple(segment.pages[page : page + self._chunk_pages]))
-                run = self._shared.get(key)
-                if run is None:
-                    run = self._shared[key] = self._lay_out([_Piece(segment, shift, first, self.chunk_tokens)])
-                runs.append(run)
-            if whole < segment.length:
-                pieces.append(_Piece(segment, shift, whole, segment.length - whole))
-        if pieces:
-            runs.append(self._lay_out(pieces))
-        found = tuple(runs)
+        chunks = list(self._cut(link.entries))
+        if link.parent is None:
+            found = tuple(self._root_run(chunk) for chunk in chunks)
+        else:
+            found = (self._lay_out(chunks),) if chunks else ()
         self._links[id(link)] = (link, found)
         return found
 
-    def _lay_out(self, pieces: Sequence[_Piece]) -> int:
+    def _cut(self, entries: Sequence[Entry]) -> Iterator[_Chunk]:
+        """The chunks of a link, in order: those that one segment fills, and between them what is left of neighbours."""
+        pieces: list[_Piece] = []
+        shift = room = 0
+        for entry in entries:
+            segment = entry.segment
+            whole = segment.length - segment.length % self.chunk_tokens
+            left = segment.length - whole
+            num_pages = -(-left // self.page_size)
+            if pieces and (whole or entry.shift != shift or num_pages > room):
+                yield _Chunk(shift, pieces)
+                pieces = []
+            shift = entry.shift
+            for first in range(0, whole, self.chunk_tokens):
+                yield _Chunk(shift, [_Piece(segment, first, self.chunk_tokens)])
+            if left:
+                room = (room if pieces else self._chunk_pages) - num_pages
+                pieces.append(_Piece(segment, whole, left))
+        if pieces:
+            yield _Chunk(shift, pieces)
+
+    def _root_run(self, chunk: _Chunk) -> int:
+        segment, first, tokens = chunk.pieces[0]
+        if tokens < self.chunk_tokens:
+            return self._lay_out([chunk])
+        page = first // self.page_size
+        key = (segment.start + first, chunk.shift, tuple(segment.pages[page : page + self._chunk_pages]))
+        run = self._shared.get(key)
+        if run is None:
+            run = self._shared[key] = self._lay_out([chunk])
+        return run
+
+    def _lay_out(self, chunks: Sequence[_Chunk]) -> int:
         """A new run of sealed keys."""
-        size, chunk = self.page_size, self.chunk_tokens
-        slots = self._take(
-            sum(-(-piece.tokens // chunk) for piece in pieces), sum(-(-piece.tokens // size) for piece in pieces)
-        )
-        number, page = slots.chunk, slots.page
-        for segment, shift, first, tokens in pieces:
-            pages = segment.pages[first // size : -(-(first + tokens) // size)]
-            self._pages[page : page + len(pages)] = pages
-            for done in range(0, tokens, chunk):
-                self._chunks[number] = (
-                    page + done // size, first + done, min(chunk, tokens - done), -1, 0, 0, 0, shift,
-                    segment.start + first + done,
-                )  # fmt: skip
-                number += 1
-            page += len(pages)
+        size = self.page_size
+        slots = self._take(len(chunks), sum(-(-piece.tokens // size) for chunk in chunks for piece in chunk.pieces))
+        page = slots.page
+        for number, (shift, pieces) in enumerate(chunks, slots.chunk):
+            begin = page
+            for segment, first, tokens in pieces:
+                page = self._put(page, segment, first, tokens)
+            length = (page - begin) * size - -pieces[-1].tokens % size
+            self._chunks[number] = (begin, length, -1, 0, 0, 0, 0, shift)
         return slots.run
+
+    def _put(self, page: int, segment: Segment, first: int, tokens: int) -> int:
+        """Write the pages of a piece from `page` on; returns where they end."""
+        size = self.page_size
+        pages = np.asarray(segment.pages[first // size : -(-(first + tokens) // size)], dtype=np.int32)
+        if len(pages) and int(pages.max()) >= MAX_PAGES:
+            raise ValueError(f"page numbers stop at {MAX_PAGES}")
+        end = page + len(pages)
+        self._pages[page:end] = pages << PAGE_BITS | size
+        self._pages[end - 1] -= -tokens % size
+        self._page_start[page:end] = np.arange(segment.start + first, segment.start + first + tokens, size)
+        return end
 
     def _take(self, num_chunks: int, num_pages: int) -> _Slots:
         run, chunk, page = self._num_runs, self._num_chunks, self._num_pages
@@ -355,9 +388,15 @@ class TaskPlanner:
 
 class _Piece(NamedTuple):
     segment: Segment
-    shift: int
     first: int
     tokens: int
+
+
+class _Chunk(NamedTuple):
+    """The pieces of one chunk, seen under one shift."""
+
+    shift: int
+    pieces: list[_Piece]
 
 
 class _Slots(NamedTuple):

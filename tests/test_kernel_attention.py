@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anabranch.kernels.merge_states import merge_parts, merge_parts_torch
 from anabranch.kernels.segment_attention import (
+    PAGE_BITS,
     TASK_FIELDS,
     attention_torch,
     segment_attention,
@@ -46,7 +47,7 @@ def test_in_the_interpreter() -> None:
 
 @dataclass
 class Case:
-    """One wave in tensors. runs: for each segment (tokens now, tokens planned, first position, shift, rows, open)."""
+    """One wave in tensors."""
 
     q: Tensor
     positions: Tensor
@@ -58,6 +59,7 @@ class Case:
     num_tasks: Tensor
     task_rows: Tensor
     task_pages: Tensor
+    page_start: Tensor
     segment_length: Tensor
     num_parts: int
     row_parts_indptr: Tensor
@@ -74,7 +76,8 @@ class Case:
     def arguments(self) -> tuple[Tensor, ...]:
         return (
             self.q, self.positions, self.k, self.v, self.cos, self.sin,
-            self.tasks, self.num_tasks, self.task_rows, self.task_pages, self.segment_length,
+            self.tasks, self.num_tasks, self.task_rows, self.task_pages, self.page_start,
+            self.segment_length,
         )  # fmt: skip
 
 
@@ -84,10 +87,12 @@ Segment = tuple[int, int, int, int, list[int], bool]
 def make(
     segments: list[Segment], *, num_rows: int, heads: tuple[int, int] = (2, 1), head_dim: int = 64, page_size: int = 16,
     chunk: int = 32, dtype: torch.dtype = torch.float32, window: int = 0, block_m: int = 16, head_first: bool = False,
+    packs: bool = False,
 ) -> Case:  # fmt: skip
     """Segments (tokens written, tokens planned, first position, shift, rows that see it, is it open) laid into a pool.
 
     Every slot that no token was written to is NaN.
+    packs: neighbours that the same rows see under one shift are one task
     """
     generator = torch.Generator().manual_seed(len(segments) * 1000 + num_rows)
     num_heads, num_kv_heads = heads
@@ -103,6 +108,8 @@ def make(
     tasks: list[list[int]] = []
     task_rows: list[int] = []
     task_pages: list[int] = []
+    page_start: list[int] = []
+    last_rows: list[int] = []
     lengths = torch.zeros(num_rows, dtype=torch.int32)
     parts: list[list[int]] = [[] for _ in range(num_rows)]
     views: list[list[tuple[list[int], int, int]]] = [[] for _ in range(num_rows)]
@@ -121,25 +128,33 @@ def make(
         for row in rows:
             views[row].append((slots, start, shift))
         for first in range(0, planned, chunk):
-            for group in range(0, len(rows), per_task):
-                members = rows[group : group + per_task]
-                tasks.append(
-                    [len(task_pages), first, min(chunk, planned - first), rows[0] if is_open else -1, len(task_rows),
-                     len(members), num_parts, shift, start + first]
-                )  # fmt: skip
-                task_rows += members
-                for row in members:
-                    parts[row].append(num_parts)
-                    num_parts += 1
-            task_pages += pages[first // page_size : -(-min(first + chunk, planned) // page_size)]
+            if packs and not first and tasks and tasks[-1][7] == shift and rows == last_rows and not is_open:
+                # More pages for the task before: each of its pages says how much of it are keys.
+                tasks[-1][1] = (len(task_pages) - tasks[-1][0]) * page_size + planned
+            else:
+                for group in range(0, len(rows), per_task):
+                    members = rows[group : group + per_task]
+                    tasks.append(
+                        [len(task_pages), min(chunk, planned - first), rows[0] if is_open else -1, first,
+                         len(task_rows), len(members), num_parts, shift]
+                    )  # fmt: skip
+                    task_rows += members
+                    for row in members:
+                        parts[row].append(num_parts)
+                        num_parts += 1
+            for page in range(first // page_size, -(-min(first + chunk, planned) // page_size)):
+                task_pages.append(pages[page] << PAGE_BITS | min(page_size, planned - page * page_size))
+                page_start.append(start + page * page_size)
+        last_rows = rows
     angles = torch.arange(128)[:, None] * 10000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
-    tasks.sort(key=lambda task: -task[2])
+    tasks.sort(key=lambda task: -task[1])
     extra = [[9] * TASK_FIELDS] * 2
     return Case(
         torch.randn(num_rows, num_heads, head_dim, generator=generator).to(dtype), positions, k, v,
         angles.cos(), angles.sin(),
         torch.tensor(tasks + extra, dtype=torch.int32), torch.tensor([len(tasks)], dtype=torch.int32),
-        torch.tensor([*task_rows, 0], dtype=torch.int32), torch.tensor([*task_pages, 0], dtype=torch.int32), lengths,
+        torch.tensor([*task_rows, 0], dtype=torch.int32), torch.tensor([*task_pages, 0], dtype=torch.int32),
+        torch.tensor([*page_start, 0], dtype=torch.int32), lengths,
         num_parts, torch.tensor([0, *torch.tensor([len(p) for p in parts]).cumsum(0).tolist()], dtype=torch.int32),
         torch.tensor([part for one in parts for part in one], dtype=torch.int32), views, window, block_m,
     )  # fmt: skip
@@ -254,6 +269,27 @@ def test_a_window() -> None:
     assert torch.isneginf(expected[1]).any()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=3e-6)
+
+
+PACK: list[Segment] = [
+    (19, 19, 0, 0, [0, 1], False),
+    (1, 1, 19, 4, [0, 1], False),
+    (33, 33, 19, 4, [0, 1], False),
+    (16, 16, 19, 4, [0, 1], False),
+    (7, 7, 19, 4, [0, 1], False),
+    (3, 16, 59, 0, [1], True),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("window", [0, 30])
+def test_segments_in_one_task(window: int) -> None:
+    """Several short segments in one task are read to where each ends, and their keys stand where they were written."""
+    case = make(PACK, num_rows=2, heads=(3, 1), chunk=128, packs=True, window=window)
+    assert int(case.num_tasks) == 3
+    for found, expected in zip(run_kernel(case), run_torch(case), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
+    torch.testing.assert_close(run_kernel(case)[2], run_dense(case), rtol=0, atol=3e-6)
 
 
 @interpreted
@@ -401,7 +437,7 @@ def test_what_is_not_supported_is_named() -> None:
     with pytest.raises(ValueError, match="cos and sin"):
         call(q, positions, k, v, rest[0][:, :8], *rest[1:])
     with pytest.raises(ValueError, match="tasks are"):
-        call(q, positions, k, v, *rest[:2], rest[2][:, :4], *rest[3:])
+        call(q, positions, k, v, *rest[:2], rest[2][:, :4].contiguous(), *rest[3:])
     with pytest.raises(ValueError, match="fp32"):
         merge_parts(q.half(), q[..., 0], case.row_parts_indptr, case.row_parts, torch.float32)
     with pytest.raises(ValueError, match="do not go with"):

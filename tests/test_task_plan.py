@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.kernels.merge_states import merge_parts_torch
-from anabranch.kernels.segment_attention import segment_attention_torch
+from anabranch.kernels.segment_attention import PAGE_BITS, TASK_LENGTH, TASK_NUM_ROWS, segment_attention_torch
 from anabranch.runtime.pages import Entry, PagePool, Segment, View
 from anabranch.runtime.task_plan import Capacity, Overflow, Planned, Row, TaskLists, TaskPlanner
 
@@ -136,21 +136,25 @@ def check(
 ) -> None:
     """The lists say of every row, in view order, exactly the slots, shifts and positions that its view says; and each
     token of a segment is read once for each group of rows that see it."""
-    parts: dict[int, tuple[int, list[int], int, int, int]] = {}
+    parts: dict[int, tuple[int, list[tuple[int, int, int]], int]] = {}
     assert int(lists.num_tasks[0]) == planned.tasks
     tasks = lists.tasks[: planned.tasks].tolist()
-    assert [t[2] for t in tasks] == sorted((t[2] for t in tasks), reverse=True)
+    assert [t[1] for t in tasks] == sorted((t[1] for t in tasks), reverse=True)
     read: Counter[int] = Counter()
-    for pages, first, length, segment, row_first, num_rows, part, shift, start in tasks:
+    for pages, length, segment, first, row_first, num_rows, part, shift in tasks:
         assert 1 <= num_rows <= rows_per_task and 1 <= length <= chunk and first % chunk == 0
         assert row_first + num_rows <= planned.task_rows and pages + -(-length // size) <= planned.pages
-        slots = [int(lists.task_pages[pages + i // size]) * size + i % size for i in range(length)]
-        read.update(slots)
+        keys = []
+        for page in range(pages, pages + -(-length // size)):
+            number, tokens = divmod(int(lists.task_pages[page]), 2**PAGE_BITS)
+            at = int(lists.page_start[page])
+            keys += [(number * size + i, shift, at + i) for i in range(min(tokens, length - (page - pages) * size))]
+        read.update(slot for slot, _, _ in keys)
         for offset in range(num_rows):
             row = int(lists.task_rows[row_first + offset])
             assert segment in (-1, row)
             assert part + offset not in parts
-            parts[part + offset] = (row, slots, shift, start, first if segment >= 0 else -1)
+            parts[part + offset] = (row, keys, first if segment >= 0 else -1)
     assert sorted(parts) == list(range(planned.parts))
     expected: dict[int, set[int]] = {}
     for number, row in enumerate(rows):
@@ -160,7 +164,7 @@ def check(
             continue
         seen = [parts[part] for part in of_row]
         assert {s[0] for s in seen} == {number}
-        found = [(slot, shift, start + i) for _, slots, shift, start, _ in seen for i, slot in enumerate(slots)]
+        found = [key for _, keys, _ in seen for key in keys]
         wanted = []
         for segment, shift in pieces(row):
             length = segment.length if segment.sealed else len(segment.pages) * size
@@ -221,15 +225,30 @@ def test_split_points_do_not_depend_on_the_wave() -> None:
         planned = planner(2).plan(rows, HORIZON, lists)
         assert isinstance(planned, Planned)
         by_part = {}
-        for pages, first, length, _, _, num_rows, part, shift, _ in lists.tasks[: planned.tasks].tolist():
+        for pages, length, _, first, _, num_rows, part, shift in lists.tasks[: planned.tasks].tolist():
             for offset in range(num_rows):
-                by_part[part + offset] = (int(lists.task_pages[pages]), first, length, shift)
+                by_part[part + offset] = (int(lists.task_pages[pages]), length, first, shift)
         bounds = lists.row_parts_indptr[number : number + 2]
         return [by_part[part] for part in lists.row_parts[bounds[0] : bounds[1]].tolist()]
 
     rows = forest.rows()
     for number, row in enumerate(rows):
         assert chunks(rows, number) == chunks([row], 0)
+
+
+def test_a_join_of_short_branches_is_few_tasks() -> None:
+    """Short segments that are stitched together go into one chunk while they fit and have one shift."""
+    forest = Forest()
+    root = forest.root(16)
+    forest.fork(root, [20] * 9)
+    forest.stitch(laid_end_to_end=False)
+    rows = forest.rows()
+    lists = TaskLists(CAPACITY)
+    planned = planner(4, chunk=128).plan(rows, HORIZON, lists)
+    assert isinstance(planned, Planned)
+    check(rows, lists, planned, 4, 128, 16)
+    # The root; nine segments of two pages, four to a chunk of eight pages; its own.
+    assert planned.tasks == 1 + 3 + 1
 
 
 def test_roots_share_cached_pages() -> None:
@@ -244,7 +263,7 @@ def test_roots_share_cached_pages() -> None:
     planned = planner(4).plan(rows, HORIZON, lists)
     assert isinstance(planned, Planned)
     check(rows, lists, planned, 4, 32, 16)
-    assert sum(int(t[5]) == 4 for t in lists.tasks[: planned.tasks]) == 2
+    assert int((lists.tasks[: planned.tasks, TASK_NUM_ROWS] == 4).sum()) == 2
 
 
 def test_pages_that_moved_are_noticed() -> None:
@@ -323,7 +342,9 @@ def test_attention_by_tasks_is_attention_by_views(moves: list[tuple[int, int, in
     table = torch.ones(4000, 32), torch.zeros(4000, 32)
     lengths = torch.tensor([row.segment.length for row in rows], dtype=torch.int32)
     positions = torch.tensor([row.segment.start + row.segment.length - 1 for row in rows], dtype=torch.int32)
-    tensors = (torch.from_numpy(x) for x in (lists.tasks, lists.num_tasks, lists.task_rows, lists.task_pages))
+    tensors = (
+        torch.from_numpy(x) for x in (lists.tasks, lists.num_tasks, lists.task_rows, lists.task_pages, lists.page_start)
+    )
     out, lse = segment_attention_torch(q, positions, k, v, *table, *tensors, lengths, planned.parts, 0.2, 0, 16)
     indptr, parts = (torch.from_numpy(x) for x in (lists.row_parts_indptr, lists.row_parts))
     merged, _ = merge_parts_torch(out, lse, indptr[: len(rows) + 1], parts, torch.float32)
@@ -343,7 +364,7 @@ def test_partials_are_a_quarter_of_the_keys_at_most() -> None:
     lists = TaskLists(capacity)
     planned = made.plan(forest.rows(), HORIZON, lists)
     assert isinstance(planned, Planned)
-    kv_bytes = int(np.sum(lists.tasks[: planned.tasks, 2])) * 8 * 2 * 128 * 2
+    kv_bytes = int(np.sum(lists.tasks[: planned.tasks, TASK_LENGTH])) * 8 * 2 * 128 * 2
     part_bytes = planned.parts * 32 * (128 + 1) * 4 * 2
     assert kv_bytes >= (8192 + 16 * 64) * 8 * 2 * 128 * 2
     assert part_bytes <= kv_bytes / 4
