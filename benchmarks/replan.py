@@ -4,8 +4,9 @@
 
 64 lanes see 1,000 segments. A finish seals and drops a lane's segment, gives its pages back and plans again; a fork
 seals the parent's segment, makes a view and 32 segments with pages for the horizon, and plans again. Both fill the
-staging buffers; the copy to a device and the launch are not there. Two shapes: `joins`, where lanes stand on stitched
-joins of 100 segments each, and `chain`, where every lane sees 935 links of one segment.
+staging buffers; the copy to a device and the launch are not there. Three shapes: `joins`, where lanes stand on stitched
+joins of 100 segments each; `loops`, where each lane has 14 links of its own over one such join; and `chain`, the worst,
+where every lane sees the same 936 links of one segment.
 """
 
 from __future__ import annotations
@@ -92,6 +93,18 @@ def joins(lanes: int) -> Wave:
     return wave
 
 
+def loops(lanes: int) -> Wave:
+    """Each lane at the end of a chain of its own."""
+    wave = Wave()
+    root = wave.link(None, 100)
+    for lane in range(lanes):
+        view = root
+        for _ in range((SEGMENTS - 100 - LANES) // LANES + 1):
+            view = wave.link(view, 1)
+        wave.start([lane], view)
+    return wave
+
+
 def chain(lanes: int) -> Wave:
     """Lanes at the end of a long chain of links."""
     wave = Wave()
@@ -116,13 +129,13 @@ def report(name: str, planned: Planned, elapsed_us: Sequence[float]) -> None:
 
 
 def main() -> None:
-    """Time both events on both shapes."""
+    """Time both events on each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=40)
     options = parser.parse_args()
     print("| event | tasks | (row, run) pairs | best us | median us |")
     print("| --- | --- | --- | --- | --- |")
-    for shape in (joins, chain):
+    for shape in (joins, loops, chain):
         elapsed = []
         wave = shape(LANES)
         planned = wave.plan()

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,22 +146,28 @@ def segment_attention_kernel(
         tl.store(out_at, acc / divisor[:, None], mask=row_ok[:, None] & wide_ok[None, :])
 
 
-def block_keys(head_dim: int, element_size: int) -> int:
-    """Keys a tile: as many as registers and shared memory hold on every target, by ahead-of-time builds. Not timed.
+class Tile(NamedTuple):
+    """How one configuration is compiled. block_n: keys a step of the loop."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tile(head_dim: int, element_size: int, block_m: int) -> Tile:
+    """The tile of a configuration: none spills on sm_80, sm_90, sm_100 or gfx942, by ahead-of-time builds. Not timed.
 
     head_dim: as stored; element_size: bytes
     """
-    bytes_each = power_of_two(head_dim) * element_size
-    return 64 if bytes_each <= 256 and element_size == 2 else 32 if bytes_each <= 512 else 16
-
-
-def options(head_dim: int, element_size: int, block_m: int) -> dict[str, int]:
-    """Warps and pipeline stages: none spills on any target, by ahead-of-time builds. Not timed.
-
-    Four warps where they do, since the matrix instruction of sm_90 takes 64 rows by four warps.
-    """
-    few = block_m <= 32 if element_size == 4 else block_m <= 64 and head_dim <= 128
-    return {"num_warps": 4 if few else 8, "num_stages": 2}
+    wide = power_of_two(head_dim)
+    if element_size == 4:
+        if block_m <= 32:
+            return Tile(32 if wide <= 128 else 16, 4, 2)
+        return Tile(16, 4, 1) if wide == 64 else Tile(16, 8, 2)
+    # Four warps where registers last: the matrix instruction of sm_90 takes 64 rows by four warps.
+    if block_m <= 64 and wide <= 128:
+        return Tile(64, 4, 2)
+    return Tile(32, 8, 2)
 
 
 def num_programs(device: torch.device) -> int:
@@ -183,6 +189,7 @@ def launch_segment_attention(
     kernel: `segment_attention_kernel`, or that wrapped for tracing
     """
     _, num_kv_heads, page_size, head_dim = k.shape
+    compiled = tile(head_dim, k.element_size(), block_m)
     kernel[(num_programs(q.device),)](
         q, q.stride(0), q.stride(1),
         positions,
@@ -194,16 +201,16 @@ def launch_segment_attention(
         scale, window,
         NUM_KV_HEADS=num_kv_heads, GROUP=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_HALF=max(16, power_of_two(head_dim // 2)),
-        PAGE_SIZE=page_size, BLOCK_M=block_m, BLOCK_N=block_keys(head_dim, k.element_size()),
+        PAGE_SIZE=page_size, BLOCK_M=block_m, BLOCK_N=compiled.block_n,
         TASK_FIELDS=tasks.shape[1], WINDOWED=window > 0, PAGE_BITS=PAGE_BITS,
-        **options(head_dim, k.element_size(), block_m),
+        num_warps=compiled.num_warps, num_stages=compiled.num_stages,
     )  # fmt: skip
 
 
 def shipped(head_dim: int, dtype: torch.dtype, page_size: int, block_m: int, group: int, windowed: bool) -> Config:
     """One configuration, as `launch_segment_attention` launches it, to be built ahead of time."""
     pool = pointer(dtype)
-    tuned = options(head_dim, dtype.itemsize, block_m)
+    compiled = tile(head_dim, dtype.itemsize, block_m)
     # fp32 products are exact (`input_precision="ieee"`), which no matrix instruction of NVIDIA's gives.
     matrix: Matrix = "none" if dtype == torch.float32 else "wgmma" if block_m >= 64 else "mma"
     name = f"segment_attention-{pool[1:]}-d{head_dim}-p{page_size}-m{block_m}-g{group}{'-window' * windowed}"
@@ -222,11 +229,11 @@ def shipped(head_dim: int, dtype: torch.dtype, page_size: int, block_m: int, gro
         {
             "NUM_KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim,
             "BLOCK_HALF": max(16, power_of_two(head_dim // 2)), "PAGE_SIZE": page_size, "BLOCK_M": block_m,
-            "BLOCK_N": block_keys(head_dim, dtype.itemsize), "TASK_FIELDS": TASK_FIELDS, "WINDOWED": windowed,
+            "BLOCK_N": compiled.block_n, "TASK_FIELDS": TASK_FIELDS, "WINDOWED": windowed,
             "PAGE_BITS": PAGE_BITS,
         },
-        tuned["num_warps"],
-        tuned["num_stages"],
+        compiled.num_warps,
+        compiled.num_stages,
         matrix,
     )  # fmt: skip
 
