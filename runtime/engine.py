@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -268,9 +269,6 @@ class Engine:
         if recorder is not None:
             recorder.attach(self.machine, deterministic=self.config.deterministic)
             self.pool.recorder = recorder
-        # A simulator has a clock of its own. Seconds, from any start.
-        self.clock: Callable[[], float] = time.monotonic
-        self.sleep: Callable[[float], None] = time.sleep
         self.store = KvStore(self.pool, shape.num_layers, shape.num_kv_heads, shape.head_dim, decoder.dtype)
         self.tokenizer = model.tokenizer
         self.chat = model.chat
@@ -565,8 +563,22 @@ class Engine:
         self.pool = PagePool(self.machine.pages, self.machine.page_size)
 
     def _new_scheduler(self) -> Scheduler:
-        room = None if self.config.preempt == "never" else self._room
-        return Scheduler(self.machine, self.policy, room)
+        # An engine is large, and goes with its last owner: nothing that it holds may hold it.
+        engine = weakref.ref(self)
+
+        def room() -> int:
+            found = engine()
+            return 0 if found is None else found._room()
+
+        return Scheduler(self.machine, self.policy, None if self.config.preempt == "never" else room)
+
+    def clock(self) -> float:
+        """Seconds, from any start. A simulator has a clock of its own."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait by that clock."""
+        time.sleep(seconds)
 
     def _room(self) -> int:
         """Pages that are free, less those that guests are still expected to take."""
@@ -793,6 +805,7 @@ class Engine:
             self._cut(task, work.draw)
         if task.steps is not None:
             task.steps.close()
+        task.request = None
         ended = task.leave(status, value, reason)
         fork = task.parent
         keeps = status == "ok" and fork is not None and not fork.closed and fork.join.spec.context == "stitch"
@@ -862,6 +875,7 @@ class Engine:
     def _finish(self, task: Task, status: Status, value: Value, reason: str) -> None:
         run = task.run
         self._runs.remove(run)
+        run.root = None
         counts = run.counts
         counts["critical_path_tokens"] = task.critical
         counts["tokens_prefilled"] = run.rows[Row.PREFILL] + run.rows[Row.REPREFILL]

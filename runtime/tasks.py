@@ -971,6 +971,7 @@ class Task:
         if self.joining is not None:
             for task in self.joining.finished.values():
                 self.run.drop(task.context)
+            self.joining.finished.clear()
             self.joining = None
 
     def _join(self, state: ForkState, result: JoinResult) -> Generator[Request, Any, Value]:

@@ -95,15 +95,17 @@ def run(config: EngineConfig, batch: Sequence[Plan], *, seed: int) -> list[RunRe
     compiled = [roomy.compile(plan.program, functions=tuple(plan.functions)) for plan in batch]
     least = max(one.bounds(roomy, plan.inputs).pages_depth_first for one, plan in zip(compiled, batch, strict=True))
     engine = Engine(model(), replace(roomy.config, pages=least + (config.pages or 0)))
-    waited = [0.0]
-    engine.clock = lambda: engine.num_steps + waited[0]
-    engine.sleep = lambda seconds: waited.append(waited.pop() + seconds)
+    # Of no name that leads back to the engine, which is large and is to go at once.
+    now = [0.0]
+    engine.clock = lambda: now[0]
+    engine.sleep = lambda seconds: now.append(now.pop() + seconds)
     runs = [
         engine.submit(one, plan.inputs, seed=seed, functions=plan.functions)
         for one, plan in zip(compiled, batch, strict=True)
     ]
     while any(run.result is None for run in runs):
         engine.step()
+        now.append(now.pop() + 1)
     return [run.result for run in runs if run.result is not None]
 
 

@@ -1,6 +1,8 @@
 """The engine held to its limits: odd values, broken steps, wide joins, bounds, shared use."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 from test_engine import VOTE, assert_idle, engine, one
@@ -161,3 +163,21 @@ def test_what_a_join_cut_off_does_not_count_under_deterministic() -> None:
     for seed in range(12):
         values = {one(engine(deterministic=True, lanes=lanes).run(plan, seed=seed)).value for lanes in (1, 3, 16)}
         assert len(values) == 1, seed
+
+
+def test_an_engine_goes_with_its_last_owner() -> None:
+    """Nothing that an engine holds holds it, also after runs: its pool is large, and must not wait for a collection."""
+    found = engine()
+    one(found.run(VOTE, {"q": "x"}))
+    cancelled = found.submit(VOTE, {"q": "y"})
+    found.step()
+    found.cancel(cancelled)
+    known = weakref.ref(found)
+    gc.disable()
+    try:
+        del found
+        assert known() is None or cancelled.engine is known()
+        del cancelled
+        assert known() is None
+    finally:
+        gc.enable()

@@ -17,7 +17,13 @@ from targets import CORPUS, TARGETS, Broken
 MAX_CALLS = 200_000
 """Calls of Python functions that one small input may cost. Work is counted, since a clock depends on the machine."""
 
-PLAIN = {"parse": b"a = plan() { }", "check": b"a = plan(q) { text(q); }", "schema": b"/a", "recording": b"{}"}
+PLAIN = {
+    "parse": b"a = plan() { }",
+    "check": b"a = plan(q) { text(q); }",
+    "schema": b"/a",
+    "recording": b"{}",
+    "journal": b"",
+}
 """What is taken first, so that no input pays for what is made once."""
 
 INPUTS = sorted(file for target in TARGETS for file in (CORPUS / target).iterdir())

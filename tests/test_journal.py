@@ -13,10 +13,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from law_runs import COMMON, EXAMPLES, engines, hold_against_reference, model
@@ -31,6 +33,7 @@ from anabranch.runtime import journal as journals
 from anabranch.runtime.engine import Engine, EngineConfig, RunResult
 from anabranch.runtime.events import BranchEnded, BranchStarted, GenEnded, HostCalled, Joined, RunEnded
 from anabranch.runtime.journal import Contents, Header, Journal, read_journal
+from anabranch.runtime.models import LoadedModel, load
 from anabranch.runtime.replay import LogEntry, Replay
 from anabranch.testing import Plan, plans
 
@@ -124,7 +127,7 @@ def header(text: str, **changed: Any) -> Header:
         "anabranch": anabranch.__version__, "source": "a.plan", "text": text, "plan": parse_text(text).plans[-1].name,
         "inputs": ({"q": "why?"},), "many": False, "seed": 1, "deterministic": True, "lanes": 4, "pages": 512,
         "page_size": 4, "chunk": 64, "model": "random", "fingerprint": model().fingerprint, "preempt": "swap",
-        "dtype": "float64", "template": None, "functions": None,
+        "dtype": "float32", "template": None, "functions": None,
     }  # fmt: skip
     return Header(**{**fields, **changed})
 
@@ -149,9 +152,16 @@ def write_journal(path: str, head: Header, *, functions: Any = None, stop: Calla
             journal.commit()
 
 
+@cache
+def narrow() -> LoadedModel:
+    """The same model in the dtype that runs have by default, whose last bits depend on what is computed together."""
+    torch.set_num_threads(1)
+    return load("random", dtype=torch.float32)
+
+
 def engine_of(head: Header) -> Engine:
     return Engine(
-        model(),
+        narrow(),
         EngineConfig(
             lanes=head.lanes,
             pages=head.pages,

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["anabranch"]):
     from mutate import MUTATORS
     from targets import CORPUS, TARGETS
 
-    from anabranch.runtime import constrain, generation, tokenizer  # noqa: F401
+    from anabranch.runtime import constrain, generation, journal, tokenizer  # noqa: F401
 
 
 def main(arguments: list[str]) -> None:

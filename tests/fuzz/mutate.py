@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable
 from copy import deepcopy
+from hashlib import blake2b
 from typing import Any, Final
 
 _WORD: Final = re.compile(
@@ -193,9 +194,32 @@ def schema(data: bytes, rng: random.Random) -> bytes | None:
     return pattern(data, rng) if data.startswith(b"/") else document(data, rng)
 
 
+def journal(data: bytes, rng: random.Random) -> bytes | None:
+    """A journal with one line changed, moved, doubled or dropped, and mostly with sums that are right again."""
+    texts = [line[_SUM + 4 : -1] for line in data.split(b"\n") if line]
+    if not texts:
+        return None
+    at = rng.randrange(len(texts))
+    change = rng.randrange(6)
+    if change == 0 and len(texts) > 1:
+        del texts[at]
+    elif change == 1:
+        texts.insert(at, rng.choice(texts))
+    else:
+        texts[at] = document(texts[at], rng) or texts[at]
+    lines, last = [], ""
+    for text in texts:
+        last = blake2b(last.encode() + text, digest_size=_SUM // 2).hexdigest() if rng.randrange(200) else last
+        lines.append(b'["%s",%s]\n' % (last.encode(), text))
+    return b"".join(lines)
+
+
+_SUM: Final = 16  # hex digits of a line's sum
+
 MUTATORS: Final[dict[str, Callable[[bytes, random.Random], bytes | None]]] = {
     "parse": plan,
     "check": plan,
     "schema": schema,
     "recording": document,
+    "journal": journal,
 }

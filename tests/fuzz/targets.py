@@ -4,6 +4,7 @@ target = parse        plan text: read, printed, formatted
        | check        plan text: checked, compiled, bounded, explained
        | schema       a JSON schema or a regex of a typed gen: read, and tokens drawn under its mask
        | recording    the JSON of a schedule, recorded or static: read, and held against its plan
+       | journal      a run's journal
 
 A target takes bytes and returns. It raises `Broken`, or whatever escaped from the code under test, where something that
 must hold does not. Cost is libFuzzer's to bound (`-timeout`, `-rss_limit_mb`), and the replay's (calls made).
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -35,6 +37,8 @@ from anabranch.dsl.diagnostics import PlanError, Source
 from anabranch.dsl.parse import parse as parse_source
 from anabranch.dsl.patterns import PatternTooComplex, check_regex, check_schema, full_match
 from anabranch.dsl.printer import dump_ast, format_source, print_plan
+from anabranch.runtime.events import RunEnded
+from anabranch.runtime.replay import LogEntry
 
 ROOT: Final = Path(__file__).parent.parent.parent
 CORPUS: Final = Path(__file__).parent / "corpus"
@@ -135,11 +139,43 @@ def recording(data: bytes) -> None:
             raise Broken(f"a fault is told in {len(str(fault))} characters") from None
 
 
+def journal(data: bytes) -> None:
+    """Any file is a journal or a PlanError, and what is read of one is read again of the journal written from it."""
+    from anabranch.runtime.journal import Journal, read_journal
+
+    with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
+        path = Path(folder, "a.journal")
+        path.write_bytes(data)
+        try:
+            read = read_journal(str(path))
+        except PlanError as error:
+            _shown(error, None)
+            return
+        again = Path(folder, "b.journal")
+        with Journal.create(str(again)) as written:
+            written.begin(read.header)
+            for run, entries in enumerate(read.entries):
+                log = written.log(run)
+                for entry in entries:
+                    log(entry)
+            written.log(0)(_RUN_ENDED)  # so that what comes before it is written
+            written.commit()
+        back = read_journal(str(again))
+        ended = (read.entries[0] + (_RUN_ENDED,), *read.entries[1:])
+        # A number in it may be no number, which is not equal to itself.
+        if repr((back.header, back.entries)) != repr((read.header, ended)):
+            raise Broken("written and read again, it is another journal")
+
+
+_MEMORY: Final = "/dev/shm" if Path("/dev/shm").is_dir() else None
+_RUN_ENDED: Final = LogEntry((), RunEnded("ok", None, "", {}))
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "parse": parse,
     "check": check,
     "schema": schema,
     "recording": recording,
+    "journal": journal,
 }
 
 

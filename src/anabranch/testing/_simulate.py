@@ -132,13 +132,11 @@ class _Simulator(Engine):
         self.has_waited = False
         self._step_s = step_s
         self._slept_s = 0.0
-        self.clock = self._now
-        self.sleep = self._sleep
 
-    def _now(self) -> float:
+    def clock(self) -> float:
         return self._slept_s + self.num_steps * self._step_s
 
-    def _sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> None:
         self._slept_s += seconds
 
     def _start(self) -> None:
