@@ -161,13 +161,15 @@ def tile(head_dim: int, element_size: int, block_m: int) -> Tile:
     """
     wide = power_of_two(head_dim)
     if element_size == 4:
-        if block_m <= 32:
-            return Tile(32 if wide <= 128 else 16, 4, 2)
+        if block_m <= 32 and wide <= 128:
+            return Tile(32, 4, 2)
+        if block_m == 16:
+            return Tile(16, 4, 2)
         return Tile(16, 4, 1) if wide == 64 else Tile(16, 8, 2)
     # Four warps where registers last: the matrix instruction of sm_90 takes 64 rows by four warps.
     if block_m <= 64 and wide <= 128:
         return Tile(64, 4, 2)
-    return Tile(32, 8, 2)
+    return Tile(32 if wide == 64 else 16, 8, 2)
 
 
 def num_programs(device: torch.device) -> int:

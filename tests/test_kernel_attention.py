@@ -193,7 +193,6 @@ def run_dense(case: Case) -> Tensor:
     half = case.q.shape[-1] // 2
     found = []
     for row, view in enumerate(case.views):
-        queries, keys, values = [], [], []
         position = int(case.positions[row])
         states = []
         for slots, start, shift in view:
@@ -378,7 +377,7 @@ def test_merge_of_many_parts(dtype: torch.dtype) -> None:
 
 
 def test_merged_parts_are_the_definition_of_attention() -> None:
-    """Ragged parts of three lengths merge to attention over their union."""
+    """Ragged parts of three lengths merge to attention over their union; a unit's output is not looked at."""
     generator = torch.Generator().manual_seed(2)
     q = torch.randn(1, 4, 64, generator=generator)
     k, v = (torch.randn(2, 30, 64, generator=generator) for _ in "kv")
@@ -386,8 +385,9 @@ def test_merged_parts_are_the_definition_of_attention() -> None:
     states = [
         attention_torch(q, k[:, a:b], v[:, a:b], torch.ones(1, b - a, dtype=torch.bool), scale=0.1) for a, b in cuts
     ]
+    states.append((torch.full_like(states[0][0], float("nan")), torch.full_like(states[0][1], float("-inf"))))
     out, lse = (torch.cat([s[i] for s in states]) for i in (0, 1))
-    indptr, parts = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([2, 0, 1], dtype=torch.int32)
+    indptr, parts = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([2, 3, 0, 1], dtype=torch.int32)
     whole = attention_torch(q, k, v, torch.ones(1, 30, dtype=torch.bool), scale=0.1)
     for found, expected in zip(merge_parts(out, lse, indptr, parts, torch.float32), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
