@@ -99,17 +99,21 @@ def segment_attention_kernel(
         for begin in range(0, length, BLOCK_N):
             span = begin + n
             slot = span % PAGE_SIZE
-            entry = tl.load(pages + span // PAGE_SIZE, mask=span < length, other=0)
-            page = (entry >> PAGE_BITS).to(tl.int64)
-            key_ok = slot < (entry & ((1 << PAGE_BITS) - 1))
-            key_ok = key_ok & (span < length)
-            k_at = (
-                k_ptr
-                + page[:, None] * k_stride_page
-                + head * k_stride_head
-                + slot[:, None] * k_stride_slot
-                + half[None, :]
-            )
+            # A tile within one page needs one address; else each key has its own.
+            if PAGE_SIZE >= BLOCK_N:
+                page_at = begin // PAGE_SIZE
+                entry = tl.load(pages + page_at)
+                page = (entry >> PAGE_BITS).to(tl.int64)
+                k_at = k_ptr + page * k_stride_page + head * k_stride_head + slot[:, None] * k_stride_slot
+                v_at = v_ptr + page * v_stride_page + head * v_stride_head + slot[:, None] * v_stride_slot
+            else:
+                page_at = span // PAGE_SIZE
+                entry = tl.load(pages + page_at, mask=span < length, other=0)
+                page = (entry >> PAGE_BITS).to(tl.int64)[:, None]
+                k_at = k_ptr + page * k_stride_page + head * k_stride_head + slot[:, None] * k_stride_slot
+                v_at = v_ptr + page * v_stride_page + head * v_stride_head + slot[:, None] * v_stride_slot
+            key_ok = (slot < (entry & ((1 << PAGE_BITS) - 1))) & (span < length)
+            k_at += half[None, :]
             k_ok = key_ok[:, None] & half_ok[None, :]
             k_low = tl.load(k_at, mask=k_ok, other=0.0)
             k_high = tl.load(k_at + HALF, mask=k_ok, other=0.0)
@@ -117,7 +121,10 @@ def segment_attention_kernel(
             score = tl.dot(q_high, tl.trans(k_high), score, input_precision="ieee")
             seen = key_ok[None, :] & row_ok[:, None]
             if WINDOWED:
-                position = tl.load(starts + span // PAGE_SIZE, mask=span < length, other=0) + slot
+                if PAGE_SIZE >= BLOCK_N:
+                    position = tl.load(starts + page_at) + slot
+                else:
+                    position = tl.load(starts + page_at, mask=span < length, other=0) + slot
                 seen = seen & (angle[:, None] - position[None, :] < window)
             score = tl.where(seen, score * (scale * log2e), float("-inf"))
             peak = tl.maximum(largest, tl.max(score, 1))
@@ -126,14 +133,7 @@ def segment_attention_kernel(
             keep = tl.exp2(largest - base)
             weight = tl.exp2(score - base[:, None])
             total = total * keep + tl.sum(weight, 1)
-            v_at = (
-                v_ptr
-                + page[:, None] * v_stride_page
-                + head * v_stride_head
-                + slot[:, None] * v_stride_slot
-                + wide[None, :]
-            )
-            value = tl.load(v_at, mask=key_ok[:, None] & wide_ok[None, :], other=0.0)
+            value = tl.load(v_at + wide[None, :], mask=key_ok[:, None] & wide_ok[None, :], other=0.0)
             acc = tl.dot(weight.to(kind), value, acc * keep[:, None], input_precision="ieee")
             largest = peak
 
