@@ -168,7 +168,7 @@ def tile(head_dim: int, element_size: int, block_m: int) -> Tile:
         return Tile(16, 4, 1) if wide == 64 else Tile(16, 8, 2)
     # Four warps where registers last: the matrix instruction of sm_90 takes 64 rows by four warps.
     if block_m <= 64 and wide <= 128:
-        return Tile(64, 4, 2)
+        return Tile(64 if block_m <= 32 or wide == 64 else 32, 4, 2)
     return Tile(32 if wide == 64 else 16, 8, 2)
 
 
