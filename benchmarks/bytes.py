@@ -97,7 +97,7 @@ def line(shape: Shape, chunk_tokens: int) -> str:
     num_heads, num_kv_heads = shape.heads
     rows = wave(shape)
     block_m = tile(shape)
-    capacity = Capacity.for_rows(len(rows), tasks=32768, pages=2**18)
+    capacity = Capacity.for_rows(len(rows), tasks=32768, pages=2**18, parts=2**18)
     planner = TaskPlanner(
         page_size=PAGE_SIZE, rows_per_task=block_m * num_kv_heads // num_heads, capacity=capacity,
         chunk_tokens=chunk_tokens,

@@ -26,7 +26,7 @@ HORIZON = 64
 PAGE_SIZE = 16
 SEGMENT_TOKENS = 40
 ROWS_PER_TASK = 16
-CAPACITY = Capacity.for_rows(LANES)
+CAPACITY = Capacity.for_rows(LANES, parts=65536)
 
 
 class Wave:

@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Entries of the lists that go to the device."""
+    """Entries of the lists that go to the device. A part also takes num_heads x (head_dim + 1) fp32 numbers there."""
 
     rows: int
     tasks: int
@@ -59,9 +59,9 @@ class Capacity:
     chunks: int
 
     @classmethod
-    def for_rows(cls, rows: int, *, tasks: int = 8192, pages: int = 65536) -> Capacity:
-        """Room for `rows` rows and `tasks` tasks, with eight rows a task on average."""
-        return cls(rows, tasks, 8 * tasks, pages, 8 * tasks, 2 * tasks)
+    def for_rows(cls, rows: int, *, tasks: int = 8192, pages: int = 65536, parts: int = 16384) -> Capacity:
+        """Room for `rows` rows, with eight of them a task on average, and for what was planned before."""
+        return cls(rows, tasks, 8 * tasks, pages, parts, 2 * tasks)
 
 
 class TaskLists:
