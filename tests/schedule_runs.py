@@ -108,7 +108,7 @@ def hold_schedules(shard: int) -> None:
     wanted = SCHEDULES // SHARDS
 
     @seed(shard)
-    @settings(COMMON, max_examples=wanted)
+    @settings(COMMON, max_examples=wanted * 4 // 5)
     @given(simulations(plans()))
     def law(simulation: Simulation) -> None:
         hold_schedule(simulation)

@@ -232,7 +232,8 @@ class _Maker:
         self.statements(block, 0, 2)
         self.draw(_main_fork(self, block))
         self.statements(block, 0, 3)
-        if self.chance(60):
+        # Without a gen after it nothing would read what the fork left in view.
+        if self.chance(88):
             self.gen(block)
         body = self.ended(block)[0]
         read: set[str] = set()
@@ -417,7 +418,7 @@ class _Maker:
             rarer += [(_call("half", Name(number)), "other"), (ast.Unary("-", Name(number)), "int")]
         for text in self.of_kind(block, "text")[-2:]:
             rarer += [(_call("lines", Name(text)), "other"), (_call("first_of", Name(text)), "other")]
-        if rarer and self.chance(60):
+        if rarer and self.chance(50):
             forms = rarer
         value, kind = self.pick(forms)
         if isinstance(value, Apply) and value.function in FUNCTIONS:
@@ -502,7 +503,7 @@ class _Maker:
         )
 
     def width(self, block: _Block) -> int:
-        least = 2 if block.depth == 0 and self.chance(80) else 1
+        least = 2 if block.depth == 0 and self.chance(95) else 1
         return self.number(least, max(least, min(4, 8 // block.inside)))
 
     def fork(self, block: _Block) -> None:
@@ -618,6 +619,9 @@ class _Maker:
         return None if keeps and self.chance(10) else self.name()
 
     def body(self, child: _Block) -> None:
+        if child.depth == 1 and self.chance(60):
+            # A branch without a token leaves nothing to stitch.
+            self.gen(child)
         self.statements(child, 1, 2 if child.depth > 1 else 3)
 
     def fork_options(self, block: _Block, width: int) -> tuple[bool, list[Option]]:
@@ -638,22 +642,22 @@ class _Maker:
     def deadline(self, percent: int) -> list[Option]:
         if not self.deadlines or not self.chance(percent):
             return []
-        return [Option("deadline", Str((self.pick(["5s", "1s", "20s", "3m"]),)))]
+        return [Option("deadline", Str((self.pick(["20s", "5s", "3m", "1s"]),)))]
 
     def join(self, width: int, *, fresh: bool, several: bool, outer: bool) -> tuple[ast.Join | None, str | None]:
         """A join, and the key that its branches must bind (None where it has none).
 
         several: whether a count above one may be asked for; outer: the fork is in no other, and stitches more often
         """
-        context = self.weighted([(2, _DROP), (2, _TEXT), (0 if fresh else 20 if outer else 6, _STITCH)])
+        context = self.weighted([(2, _DROP), (2, _TEXT), (0 if fresh else 76 if outer else 12, _STITCH)])
         if context.kind == "stitch" and self.chance(50):
             context = ast.JoinContext("stitch", "sum")
-        many = 20 if outer else 6
+        many = 34 if outer else 6
         kind = self.weighted([(many, "all"), (3, "first"), (2, "vote"), (2, "best"), (1, "logprob"), (1, "quorum")])
         count: Expr | None = None
         match kind:
             case "all":
-                if self.chance(60 if outer else 35):
+                if self.chance(80 if outer else 35):
                     count = Int(self.number(1, width))
                 elif context.kind == "drop" and not self.chance(50):
                     return None, None
