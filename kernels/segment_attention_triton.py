@@ -164,8 +164,10 @@ def tile(head_dim: int, element_size: int, block_m: int) -> Tile:
     if element_size == 4:
         if block_m == 16 and wide >= 128:
             return Tile(16, 4, 2)
-        if block_m <= 32 and wide <= 128:
+        if block_m == 16:
             return Tile(32, 4, 2)
+        if block_m == 32:
+            return Tile(16, 4 if wide <= 128 else 8, 1)
         return Tile(16, 4, 1) if wide == 64 else Tile(16, 8, 2)
     # Four warps where registers last: the matrix instruction of sm_90 takes 64 rows by four warps.
     if block_m <= 64 and wide <= 128:
