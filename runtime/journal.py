@@ -170,9 +170,12 @@ class Journal:
 
         return add
 
-    def commit(self) -> None:
-        """Make what was logged durable. Raises PlanError `journal-write`; what was durable before stays so."""
-        if not self._due:
+    def commit(self, *, all_of_it: bool = False) -> None:
+        """Make what was logged durable. Raises PlanError `journal-write`; what was durable before stays so.
+
+        all_of_it: also what no branch has ended after, as before a run is given up
+        """
+        if not self._due and not (all_of_it and self._lines):
             return
         data = memoryview(b"".join(self._lines))
         try:
