@@ -10,7 +10,7 @@ QUESTION ?= How many legs does a spider have?
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= parse check schema recording journal
 
-.PHONY: help venv demo test lint bench quality fuzz clean
+.PHONY: help venv demo test lint bench quality fuzz mutation clean
 
 help:
 	@echo "make demo      run examples/vote.plan on a real model (QUESTION='...' asks something else)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench     the benchmarks of docs/benchmarks.md"
 	@echo "make quality   the scheduler against the best schedules: the tables of docs/scheduler.md"
 	@echo "make fuzz      coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
+	@echo "make mutation  faults made by hand and by machine, and what finds each: the table of docs/mutation.md"
 
 venv: $(VENV)/.installed
 
@@ -61,6 +62,11 @@ fuzz: venv
 		OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py $$target -max_total_time=$(FUZZ_SECONDS) \
 			-artifact_prefix=build/fuzz/$$target- -verbosity=0 -print_final_stats=1 || exit 1; \
 	done
+
+# Half of them are drawn from recordings, half from the code; the same ones each time.
+MUTANTS ?= 500
+mutation: venv
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m mutation --jobs 2 --seed 0 --mutants $(MUTANTS) --time-limit 20
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

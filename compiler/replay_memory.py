@@ -52,6 +52,8 @@ class Memory:
         self._written_by(segment, thread)
         if len(segment.pages) != segment.num_needed():
             fault("pages-as-needed", f"{segment} has {len(segment.pages)} pages for {segment.length} tokens")
+        if thread.unfed.size:
+            fault("fed-in-order", f"{segment} is sealed, and {thread} has yet to feed {thread.unfed.size} tokens")
         if thread.must_go_on and (thread.status is None or thread.pinned):
             fault("flush-then-seal", f"the last token of {thread} was not flushed, and {segment} is sealed after it")
         segment.sealed = True
@@ -63,6 +65,8 @@ class Memory:
         segment = self.segment(number)
         if segment.length and thread.sees():
             fault("free-when-unseen", f"{segment} is freed while {thread}, or a branch or join of it, sees it")
+        if not segment.swapped and len(segment.pages) != segment.num_needed():
+            fault("pages-as-needed", f"{segment} is freed with {len(segment.pages)} pages for {segment.length} tokens")
         if thread.segment is segment:
             thread.segment = None
         self._release(segment, segment.pages)
@@ -190,8 +194,9 @@ class Memory:
             fault("cache-whole-pages", f"the prefix cache takes page {page}, which it has or no segment owns")
         segment, place = owners[0]
         length = (place + 1) * self.machine.page_size
-        if length > segment.length:
-            fault("cache-whole-pages", f"the prefix cache takes page {page} of {segment}, which is not full")
+        if length > segment.length or not segment.sealed:
+            what = "full" if segment.sealed else "sealed"
+            fault("cache-whole-pages", f"the prefix cache takes page {page} of {segment}, which is not {what}")
         self.cached[page] = segment.state(length).digest()
 
     def uncache(self, page: int) -> None:

@@ -276,6 +276,8 @@ class _Replay:
             check_wrote(thread)
             if not at_end(thread):
                 fault("ends-at-its-end", f"{thread} ends ok, and its plan goes on")
+        elif thread.stitching and status in ("failed", "truncated"):
+            fault("stitch-the-winners", f"{thread} ends {status} of itself before it stitches its winners")
         branches = thread.fork
         thread.status, thread.ended_at = status, self.calls
         thread.stitching = ()

@@ -766,7 +766,6 @@ class Engine:
         if self.recorder is not None and context.owner is not None:
             self.recorder.note(recording.Adopt(segment.number, context.owner, tuple(segment.ids), tuple(pages)))
         del context.unfed[:count]
-        task.base_view = context.view if task.parent is None else task.base_view
         task.run.counts["tokens_cached"] += count
 
     def _spawn(self, task: Task, fork: ForkState) -> None:

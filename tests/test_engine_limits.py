@@ -147,6 +147,30 @@ def test_the_fallback_of_a_reduce_stands_for_its_value(items: list[str]) -> None
     assert_idle(found)
 
 
+def test_adopted_pages_count_as_held_at_a_fork() -> None:
+    """In a tight pool, a fork after a prompt from the prefix cache reserves no less than it takes."""
+    plan = """
+    p = plan() {
+      text("A prompt of some length that goes on for a while");
+      a = fork() {
+        one = branch("k") { x = fork(1) { g = gen(type=regex("[ab]{24}"), max=24); } join(all, drop); return(1); };
+        two = branch("k") { g = gen(type=regex("[ab]{24}"), max=24); return(2); };
+      } join(all, stitch);
+    }
+    """
+    beside = 'p = plan() { text("k"); g = gen(type=regex("[ab]{20}"), max=20); }'
+    roomy = engine(page_size=1, pages=4096)
+    least = roomy.compile(plan).bounds(roomy, {}).pages_depth_first
+    for more in range(0, 64, 8):
+        found = engine(page_size=1, pages=least + more, preempt="never")
+        assert one(found.run(plan)).status == "ok"
+        runs = [found.submit(plan), found.submit(beside)]
+        while any(run.result is None for run in runs):
+            found.step()
+        assert all(run.result is not None and run.result.status == "ok" for run in runs)
+        assert_idle(found)
+
+
 def test_what_a_join_cut_off_does_not_count_under_deterministic() -> None:
     """How far cancelled branches had come depends on the lanes; which branch comes first must not."""
     plan = """

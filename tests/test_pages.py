@@ -80,6 +80,13 @@ def test_a_view_holds_its_parents() -> None:
     assert pool.used == 0
 
 
+def test_a_chain_begins_at_the_root() -> None:
+    """The links of a view come in the order in which they were made."""
+    root = View(None, [])
+    middle = View(root, [])
+    assert View(middle, []).chain()[:2] == [root, middle]
+
+
 def test_gained_entries_stop_at_the_base() -> None:
     """What a branch gained is what stands between its fork and its end, in order."""
     pool = PagePool(8, 4)
@@ -109,6 +116,21 @@ def test_cache_gives_whole_pages_and_lets_go_when_room_is_short() -> None:
     with pytest.raises(RuntimeError, match="all 4 pages"):
         other.append(range(100, 116))
     pool.cache.clear()
+    assert pool.cache.match(range(8)) == []
+
+
+def test_what_was_used_last_is_kept_longest() -> None:
+    """A match makes a prefix young again, so that another goes first when room is short."""
+    pool = PagePool(3, 1)
+    for token in (1, 2):
+        segment = Segment(pool, 0)
+        segment.append([token])
+        pool.cache.insert(segment.ids, segment.pages)
+        segment.drop()
+    pool.release(pool.cache.match([1]))
+    Segment(pool, 0).append([7, 8])
+    assert pool.cache.match([2]) == []
+    assert len(pool.cache.match([1])) == 1
 
 
 @settings(max_examples=100, deadline=None)

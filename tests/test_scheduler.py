@@ -1,10 +1,12 @@
 """The scheduler alone: lanes, limits, pages, priorities, and that it always gets to the end."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.compiler.scheduler import Child, Machine, Need, Scheduler, Thread
+from anabranch.compiler.scheduler import Child, Machine, Need, Policy, Scheduler, Thread, Waiting
 
 
 def _drain(scheduler: Scheduler, work: dict[int, int], machine: Machine) -> list[list[int]]:
@@ -86,6 +88,81 @@ def test_prefill_is_cut_to_the_chunk_and_runs_beside_decode() -> None:
     assert seen == [([4], 1), ([4], 1), ([2], 1)]
 
 
+def test_a_branch_gives_back_what_was_reserved_for_it() -> None:
+    """Where all that the branches keep fits, each that is not carried takes and gives back the rest of its peak."""
+    scheduler, _ = _forked(Machine(lanes=8, pages=20), [Need(3, 1)] * 3, 5)
+    threads = scheduler.start()
+    taken = scheduler.reserved
+    assert [thread.carried for thread in threads] == [True, False, False]
+    for thread in threads[1:]:
+        before = scheduler.reserved
+        scheduler.end(thread, kept=1)
+        assert before - scheduler.reserved == 2
+    assert taken - scheduler.reserved == 4
+
+
+def test_what_has_run_goes_first_and_then_the_longest_path() -> None:
+    """The default policy ranks by: has run before, arrival of the plan, longest path, order, index."""
+    least = Waiting(plan=0, path_tokens=9, order=0, index=0, siblings=1, resumed=True)
+    rank = Policy().rank
+    ranks = [
+        rank(least),
+        rank(replace(least, index=1)),
+        rank(replace(least, order=1)),
+        rank(replace(least, path_tokens=8)),
+        rank(replace(least, plan=1, path_tokens=99)),
+        rank(replace(least, resumed=False)),
+    ]
+    assert ranks == sorted(set(ranks))
+
+
+def test_a_policy_sees_what_waits() -> None:
+    """It is told of each branch in turn with those that wait beside it, and of a parent that goes on, alone."""
+    seen: list[Waiting] = []
+
+    class Watching(Policy):
+        def rank(self, waiting: Waiting) -> tuple[int, ...]:
+            seen.append(waiting)
+            return super().rank(waiting)
+
+    scheduler = Scheduler(Machine(lanes=4, pages=20), Watching())
+    root = scheduler.open(Child(Need(9), 7))
+    scheduler.start()
+    fork = scheduler.fork(root, [Child(Need(1), 5)] * 2, base=1)
+    for thread in scheduler.start():
+        scheduler.end(thread)
+    scheduler.close(fork)
+    scheduler.resume(root)
+    assert seen == [
+        Waiting(plan=0, path_tokens=5, order=0, index=0, siblings=2, resumed=False),
+        Waiting(plan=0, path_tokens=5, order=0, index=1, siblings=1, resumed=False),
+        Waiting(plan=0, path_tokens=7, order=1, index=0, siblings=1, resumed=True),
+    ]
+
+
+def test_it_tells_whether_anything_waits() -> None:
+    """For a lane, for pages, or parked until its need is reserved; a guest that runs does not wait."""
+    scheduler = Scheduler(Machine(lanes=1, pages=9))
+    root = scheduler.open(Child(Need(9)))
+    assert scheduler.has_waiting
+    scheduler.start()
+    assert not scheduler.has_waiting
+    scheduler.fork(root, [Child(Need(1))] * 2, base=1)
+    (first,) = scheduler.start()
+    assert scheduler.has_waiting
+    scheduler.end(first)
+    scheduler.start()
+    assert not scheduler.has_waiting
+    crowded = Scheduler(Machine(lanes=4, pages=10), room=lambda: 10)
+    crowded.open(Child(Need(8)))
+    guest = crowded.open(Child(Need(9)))
+    crowded.start()
+    assert guest.guest
+    assert not crowded.has_waiting
+    assert not crowded.promote(guest)
+    assert crowded.has_waiting
+
+
 def test_misuse_is_refused() -> None:
     """Work for a thread that has some, a second end, a plan that can never fit."""
     scheduler = Scheduler(Machine(pages=4))
@@ -96,6 +173,11 @@ def test_misuse_is_refused() -> None:
     scheduler.submit(root, draw=1)
     with pytest.raises(ValueError, match="cannot be given"):
         scheduler.submit(root, draw=1)
+    step = scheduler.next()
+    assert step is not None
+    for times in (0, 2):
+        with pytest.raises(ValueError, match="cannot run"):
+            scheduler.advance(step, times)
     scheduler.end(root)
     with pytest.raises(ValueError, match="ended twice"):
         scheduler.end(root)
