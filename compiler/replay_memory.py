@@ -194,9 +194,8 @@ class Memory:
             fault("cache-whole-pages", f"the prefix cache takes page {page}, which it has or no segment owns")
         segment, place = owners[0]
         length = (place + 1) * self.machine.page_size
-        if length > segment.length or not segment.sealed:
-            what = "full" if segment.sealed else "sealed"
-            fault("cache-whole-pages", f"the prefix cache takes page {page} of {segment}, which is not {what}")
+        if length > segment.length:
+            fault("cache-whole-pages", f"the prefix cache takes page {page} of {segment}, which is not full")
         self.cached[page] = segment.state(length).digest()
 
     def uncache(self, page: int) -> None:

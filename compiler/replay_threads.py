@@ -191,6 +191,12 @@ class Branches:
         return left if self.limits.limit is None else min(left, max(0, self.limits.limit - self.live))
 
     @property
+    def all_fresh(self) -> bool:
+        """Whether no branch sees what its parent sees."""
+        arms = self.node.arms if isinstance(self.node, Fork) else ()
+        return self.limits.fresh or (bool(arms) and all(arm.limits.fresh for arm in arms))
+
+    @property
     def stitches(self) -> bool:
         return self.join.context == "stitch"
 

@@ -256,9 +256,12 @@ class _Replay:
         self.began_late = self.began_late or self.calls > 0
         return thread
 
+    def _sealed(self, thread: Thread, what: str) -> None:
+        if thread.unfed.size or (thread.segment is not None and thread.segment.length):
+            fault("reads-its-view", f"{thread} {what} before what it wrote is fed and sealed")
+
     def _inherit(self, thread: Thread, parent: Thread) -> None:
-        if parent.unfed.size or (parent.segment is not None and parent.segment.length):
-            fault("reads-its-view", f"{thread} begins before what {parent} wrote is fed and sealed")
+        self._sealed(parent, "has a branch that begins")
         thread.view, thread.position, thread.logits_at = parent.view, parent.position, parent.logits_at
         parent.watchers += 1
 
@@ -301,8 +304,11 @@ class _Replay:
 
     def _forked(self, thread: Thread, node: tuple[str, int], width: int) -> None:
         fork(thread, node, width)
+        branches = thread.forked
+        if branches is not None and width and not branches.all_fresh:
+            self._sealed(thread, "forks")
         self.waiting += 1
-        self.startable += thread.forked.startable if thread.forked is not None else 0
+        self.startable += branches.startable if branches is not None else 0
 
     def _joined(
         self, thread: Thread, node: tuple[str, int], ok: tuple[int, ...], winners: tuple[int, ...], failed: bool
@@ -432,7 +438,11 @@ class _Replay:
 
     def _check_idle(self) -> None:
         # A thread may be stopped instead: cancelled, or failed since no token fits the type of its gen.
-        idle = [number for number in self.idle if self.threads[number].status in (None, "ok")]
+        idle = [
+            number
+            for number in self.idle
+            if self.threads[number].status in (None, "ok") or may_draw(self.threads[number]) < 1
+        ]
         if idle:
             fault("seats-work", f"thread {min(idle)} held a seat in the call before, and did nothing with it")
 

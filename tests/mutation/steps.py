@@ -87,20 +87,25 @@ EQUIVALENT = {
     "order has the same rows, and the same owner of every page in every call",
     "beside its node": "known tokens are written or taken back just before their thread comes to a node instead of "
     "just after: the same tokens in the same order; which statement they are of takes the plan's text to tell",
-    "a call later": "a segment is freed, known tokens are written, a thread comes to a node, or it draws from logits "
-    "that were at hand, one call later or earlier: the same rows are fed in the same calls, no page is wanted "
+    "a call later": "a segment is sealed or freed, known tokens are written, a thread comes to a node, or draws from "
+    "logits that were at hand, one call later or earlier: the same rows are fed in the same calls, no page is wanted "
     "meanwhile, and each draw is at its node",
+    "cut off before": "a thread that is cut off or fails comes to one node less: it did nothing there",
     "freed open": "a segment that nobody will see is freed as it is, without being sealed first",
+    "forgotten": "a thread is about to be cut off or to fail: what it has yet to feed need not be taken back before",
 }
 """Why a mutant that lives is no fault, by its class. Each class is decided by `equivalent`, from the steps alone."""
 
 
 def equivalent(mutant: StepMutant, recording: Recording) -> str:
     """The class of `EQUIVALENT` that a mutant falls in, or "" for none."""
-    if mutant.operator == "drop" and mutant.index + 1 < len(recording.steps):
-        dropped, after = recording.steps[mutant.index], recording.steps[mutant.index + 1]
-        if isinstance(dropped, rec.Seal) and isinstance(after, rec.Free) and after.segment == dropped.segment:
-            return "freed open"
+    changed, later = recording.steps[mutant.index], recording.steps[mutant.index + 1 :]
+    if mutant.operator == "drop" and isinstance(changed, rec.Seal) and _is_freed_next(changed.segment, later):
+        return "freed open"
+    if mutant.operator == "drop" and isinstance(changed, rec.Enter) and _ends_at_once(changed.thread, later):
+        return "cut off before"
+    if mutant.operator != "swap" and isinstance(changed, rec.Trim) and _ends_at_once(changed.thread, later):
+        return "forgotten"
     if mutant.operator != "swap":
         return ""
     one, two = recording.steps[mutant.index], recording.steps[mutant.index + 1]
@@ -108,6 +113,8 @@ def equivalent(mutant: StepMutant, recording: Recording) -> str:
         call, other = (one, two) if isinstance(one, rec.Call) else (two, one)
         if isinstance(other, rec.Token) and isinstance(call, rec.Call):
             return "" if any(block.thread == other.thread for block in call.blocks) else "a call later"
+        if isinstance(other, rec.Seal):
+            return "" if any(block.segment == other.segment for block in call.blocks) else "a call later"  # type: ignore[union-attr]
         return "a call later" if isinstance(other, rec.Free | rec.Enter | rec.Round | rec.Arm | rec.Write) else ""
     if isinstance(one, _CONTROL) != isinstance(two, _CONTROL):
         return "walk and memory"
@@ -117,6 +124,33 @@ def equivalent(mutant: StepMutant, recording: Recording) -> str:
     if isinstance(comes, rec.Enter | rec.Round | rec.Arm) and isinstance(writes, rec.Write | rec.Trim):
         return "beside its node"
     return ""
+
+
+def _is_freed_next(segment: int, steps: Sequence[Step]) -> bool:
+    """Whether the next that becomes of a segment is that it is freed."""
+    for step in steps:
+        if isinstance(step, rec.Call):
+            if any(block.segment == segment for block in step.blocks):
+                return False
+        elif getattr(step, "segment", None) == segment:
+            return isinstance(step, rec.Free)
+    return False
+
+
+def _ends_at_once(thread: int, steps: Sequence[Step]) -> bool:
+    """Whether the next that a thread does is to end, and not well."""
+    for step in steps:
+        match step:
+            case rec.End() if step.thread == thread:
+                return step.status != "ok"
+            case rec.Call(seats, blocks):
+                if thread in seats or any(block.thread == thread for block in blocks):
+                    return False
+            case _ if ("thread", thread) in _subjects(step):
+                return False
+            case _:
+                pass
+    return False
 
 
 def _subjects(step: Step) -> set[tuple[str, int]]:
