@@ -173,6 +173,7 @@ def _header(
         page_size=settings.page_size,
         chunk=settings.chunk,
         preempt=settings.preempt,
+        threads=torch.get_num_threads(),
         model=_absolute(settings.model),
         fingerprint=fingerprint,
         dtype=settings.dtype,
