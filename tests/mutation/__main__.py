@@ -205,15 +205,16 @@ def run(options: argparse.Namespace) -> int:
 
 def _steps(plant: Plant, options: argparse.Namespace, log: list[str]) -> list[Tally]:
     """The mutants of recordings, by operator."""
-    recordings = [outcome.recording for outcome in plant.outcomes]
+    outcomes = [outcome for outcome in plant.outcomes if outcome.setting.reference]
+    recordings = [outcome.recording for outcome in outcomes]
     mutants = steps.draw(recordings, options.mutants // 2, options.seed)
-    verdicts = judge_steps(plant.outcomes, mutants)
+    verdicts = judge_steps(outcomes, mutants)
     tallies = {name: Tally(f"drawn, in recordings: {name}") for name in ("field", "drop", "double", "swap")}
     classes: Counter[str] = Counter()
     for mutant, verdict in zip(mutants, verdicts, strict=True):
         kind = "" if verdict.by else steps.equivalent(mutant, recordings[mutant.source])
         classes[kind] += not verdict.by
-        key = f"{plant.outcomes[mutant.source].setting.name}, step {mutant.index}: {mutant.detail}"
+        key = f"{outcomes[mutant.source].setting.name}, step {mutant.index}: {mutant.detail}"
         tallies[mutant.operator].add(verdict, key, kind)
         log.append(f"{key}: {verdict.by or 'LIVED'} {kind}: {verdict.detail}")
     for kind, count in classes.items():

@@ -232,6 +232,7 @@ class _Said:
     begun: list[tuple[str, ...]] = field(default_factory=list)
     ended: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
     drawn: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+    gens: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
     joined: Counter[Any] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     steps: int = 0
@@ -251,9 +252,13 @@ def check_events(recording: Recording, outcome: Outcome) -> None:
             case rec.End(thread, status):
                 run, path = threads[thread]
                 said[run].ended.append((path, status))
+            case rec.Enter(thread):
+                run, path = threads[thread]
+                said[run].gens.setdefault(path, []).append(0)
             case rec.Token(thread, token):
                 run, path = threads[thread]
                 said[run].drawn.setdefault(path, []).append(token)
+                said[run].gens[path][-1] += 1
             case rec.Joined(thread, _, ok, winners, failed):
                 said[threads[thread][0]].joined[ok, winners, failed] += 1
             case rec.Call(seats, blocks):
@@ -283,6 +288,14 @@ def check_events(recording: Recording, outcome: Outcome) -> None:
         for row in sorted(result.logits, key=lambda row: row.index):
             traced.setdefault(row.path, []).append(row.token)
         _same("tokens", found.drawn, traced)
+        gens: dict[tuple[str, ...], list[int]] = {}
+        for event in events:
+            if isinstance(event, GenEnded) and event.drawn:
+                # The path of an event has the rounds of its thread's loops.
+                path = max((p for p in found.begun if event.path[: len(p)] == p), key=len)
+                gens.setdefault(path, []).append(event.drawn)
+        at_gens = {path: [count for count in counts if count] for path, counts in found.gens.items()}
+        _same("tokens at each gen", {path: counts for path, counts in at_gens.items() if counts}, gens)
         joins = [e for e in events if isinstance(e, Joined)]
         told_joins = Counter((e.ok, e.winners, bool(e.failed)) for e in joins)
         if result.status != "cancelled" and not any(

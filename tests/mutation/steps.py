@@ -87,12 +87,12 @@ EQUIVALENT = {
     "order has the same rows, and the same owner of every page in every call",
     "beside its node": "known tokens are written or taken back just before their thread comes to a node instead of "
     "just after: the same tokens in the same order; which statement they are of takes the plan's text to tell",
-    "a call later": "a segment is sealed or freed, known tokens are written, a thread comes to a node, or draws from "
-    "logits that were at hand, one call later or earlier: the same rows are fed in the same calls, no page is wanted "
+    "a call later": "a segment is sealed or freed, known tokens are written, a thread ends, comes to a node, or draws "
+    "from logits that were at hand, one call later or earlier: the same rows are fed in the same calls, no page is wanted "
     "meanwhile, and each draw is at its node",
     "cut off before": "a thread that is cut off or fails comes to one node less: it did nothing there",
     "freed open": "a segment that nobody will see is freed as it is, without being sealed first",
-    "forgotten": "a thread is about to be cut off or to fail: what it has yet to feed need not be taken back before",
+    "forgotten": "a thread feeds nothing more before it is cut off or fails: what it takes back before does not matter",
 }
 """Why a mutant that lives is no fault, by its class. Each class is decided by `equivalent`, from the steps alone."""
 
@@ -104,7 +104,7 @@ def equivalent(mutant: StepMutant, recording: Recording) -> str:
         return "freed open"
     if mutant.operator == "drop" and isinstance(changed, rec.Enter) and _ends_at_once(changed.thread, later):
         return "cut off before"
-    if mutant.operator != "swap" and isinstance(changed, rec.Trim) and _ends_at_once(changed.thread, later):
+    if mutant.operator != "swap" and isinstance(changed, rec.Trim) and _ends_at_once(changed.thread, later, _WALK):
         return "forgotten"
     if mutant.operator != "swap":
         return ""
@@ -113,6 +113,8 @@ def equivalent(mutant: StepMutant, recording: Recording) -> str:
         call, other = (one, two) if isinstance(one, rec.Call) else (two, one)
         if isinstance(other, rec.Token) and isinstance(call, rec.Call):
             return "" if any(block.thread == other.thread for block in call.blocks) else "a call later"
+        if isinstance(other, rec.End):
+            return "" if other.thread in call.seats else "a call later"  # type: ignore[union-attr]
         if isinstance(other, rec.Seal):
             return "" if any(block.segment == other.segment for block in call.blocks) else "a call later"  # type: ignore[union-attr]
         return "a call later" if isinstance(other, rec.Free | rec.Enter | rec.Round | rec.Arm | rec.Write) else ""
@@ -137,8 +139,11 @@ def _is_freed_next(segment: int, steps: Sequence[Step]) -> bool:
     return False
 
 
-def _ends_at_once(thread: int, steps: Sequence[Step]) -> bool:
-    """Whether the next that a thread does is to end, and not well."""
+_WALK = (rec.Enter, rec.Round, rec.Arm, rec.Write)
+
+
+def _ends_at_once(thread: int, steps: Sequence[Step], but_for: tuple[type, ...] = ()) -> bool:
+    """Whether the next that a thread does, but for some steps, is to end, and not well."""
     for step in steps:
         match step:
             case rec.End() if step.thread == thread:
@@ -146,7 +151,7 @@ def _ends_at_once(thread: int, steps: Sequence[Step]) -> bool:
             case rec.Call(seats, blocks):
                 if thread in seats or any(block.thread == thread for block in blocks):
                     return False
-            case _ if ("thread", thread) in _subjects(step):
+            case _ if ("thread", thread) in _subjects(step) and not isinstance(step, but_for):
                 return False
             case _:
                 pass
