@@ -88,8 +88,8 @@ EQUIVALENT = {
     "beside its node": "known tokens are written or taken back just before their thread comes to a node instead of "
     "just after: the same tokens in the same order; which statement they are of takes the plan's text to tell",
     "a call later": "a segment is sealed or freed, known tokens are written, a thread ends, comes to a node, or draws "
-    "from logits that were at hand, one call later or earlier: the same rows are fed in the same calls, no page is wanted "
-    "meanwhile, and each draw is at its node",
+    "from logits that were at hand, one call later or earlier: the same rows are fed in the same calls, no page is "
+    "wanted meanwhile, and each draw is at its node",
     "cut off before": "a thread that is cut off or fails comes to one node less: it did nothing there",
     "freed open": "a segment that nobody will see is freed as it is, without being sealed first",
     "forgotten": "a thread feeds nothing more before it is cut off or fails: what it takes back before does not matter",
