@@ -20,7 +20,6 @@ import test_engine_limits
 import test_journal
 import test_pages
 import test_preemption
-import test_preemption
 import test_scheduler
 from _pytest.outcomes import Failed
 
