@@ -75,12 +75,16 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Enter:
+    """The thread comes to `node`."""
+
     thread: int
     node: Ref
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
+    """It begins round `number`, from 0, of the loop `node`."""
+
     thread: int
     node: Ref
     number: int
@@ -88,6 +92,8 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
+    """It takes an arm of the condition `node`: 0 then, 1 else, -1 where there is none."""
+
     thread: int
     node: Ref
     place: int
@@ -95,18 +101,24 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Write:
+    """Known tokens stand at the end of its context, and are not fed yet."""
+
     thread: int
     ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
+    """A drawn token stands there, and is not fed yet."""
+
     thread: int
     id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Trim:
+    """The last `count` tokens of its context, fed or not, are taken back."""
+
     thread: int
     count: int
 
@@ -158,18 +170,24 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Page:
+    """The segment's next page."""
+
     segment: int
     page: int
 
 
 @dataclass(frozen=True, slots=True)
 class Shrink:
+    """The last `count` pages of the segment go back."""
+
     segment: int
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Seal:
+    """The segment is not written any more, and enters its thread's view."""
+
     segment: int
 
 
@@ -185,32 +203,44 @@ class Adopt:
 
 @dataclass(frozen=True, slots=True)
 class Free:
+    """Nobody sees the segment any more: each of its pages has an owner less."""
+
     segment: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
+    """The prefix cache owns the page too."""
+
     page: int
 
 
 @dataclass(frozen=True, slots=True)
 class Uncache:
+    """The prefix cache lets go of the page."""
+
     page: int
 
 
 @dataclass(frozen=True, slots=True)
 class SwapOut:
+    """The segment's content goes to host memory, and its pages go back."""
+
     segment: int
 
 
 @dataclass(frozen=True, slots=True)
 class SwapIn:
+    """The content comes back, into `pages`."""
+
     segment: int
     pages: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Lose:
+    """The thread's open segment is emptied, and its tokens are to be fed again."""
+
     thread: int
 
 

@@ -23,7 +23,7 @@ def join(thread: Thread, ref: Ref, ok: tuple[int, ...], winners: tuple[int, ...]
     if ordered and branches.join.kind in ("first", "quorum"):
         _check_passed(branches, ok)
     _check_verdict(branches, ok, failed)
-    _check_winners(branches, ok, winners, failed)
+    _check_winners(branches, ok, winners, failed, ordered)
     branches.closed = True
     thread.rank += sum(branches.ranks[index] for index in ok)
     longest = max((last.path_tokens for last in branches.last.values()), default=0)
@@ -126,7 +126,9 @@ def _check_verdict(branches: Branches, ok: tuple[int, ...], failed: bool) -> Non
         fault("joined-when-permitted", f"the join of {branches.ref} needs {needs} branches and fails with {len(ok)}")
 
 
-def _check_winners(branches: Branches, ok: tuple[int, ...], winners: tuple[int, ...], failed: bool) -> None:
+def _check_winners(
+    branches: Branches, ok: tuple[int, ...], winners: tuple[int, ...], failed: bool, ordered: bool
+) -> None:
     join = branches.join
     if failed or join.context == "drop":
         expected: int | None = 0
@@ -142,3 +144,8 @@ def _check_winners(branches: Branches, ok: tuple[int, ...], winners: tuple[int, 
             "winners-of-the-join",
             f"the winners of {branches.ref} are {winners}, and must be {expected} of {ok} in ascending order",
         )
+    left = set(ok) - set(winners)
+    if join.kind == "first" and winners and left:
+        last = max(_order(branches, index, ordered) for index in winners)
+        if min(_order(branches, index, ordered) for index in left) < last:
+            fault("winners-of-the-join", f"the winners of {branches.ref} are {winners} of {ok}, and others came before")

@@ -48,6 +48,7 @@ def enter(thread: Thread, ref: Ref) -> None:
     frame.place += 1
     thread.node, thread.forked = node, None
     thread.drawn = 0
+    thread.wrote = False
     match node:
         case Loop():
             thread.expects = "a round"
@@ -137,8 +138,34 @@ def _may_leave_loop(frame: Frame) -> bool:
     return not isinstance(owner, Loop) or owner.until is not None or frame.number + 1 == owner.rounds
 
 
+def check_cause(thread: Thread, status: str) -> None:
+    """What ran out, or was late, had a budget, or a deadline, around it."""
+    if status not in ("truncated", "late"):
+        return
+    around: Thread | None = thread
+    while around is not None:
+        limits = [around.plan.limits]
+        if around.fork is not None:
+            limits += [around.fork.limits, around.fork.arm(around.index)[2]]
+        if any((one.budget if status == "truncated" else one.deadline_s) is not None for one in limits):
+            return
+        around = around.parent
+    fault("over-is-over", f"{thread} ends {status}, and nothing around it has a limit of that kind")
+
+
+def check_wrote(thread: Thread) -> None:
+    """A text that the plan holds, and of which more than a space held back is there, takes a token or more."""
+    node = thread.node
+    if not isinstance(node, Write) or node.role != "text" or not isinstance(node.value, Str) or thread.wrote:
+        return
+    literal = sum(len(part) for part in node.value.parts if isinstance(part, str))
+    if literal > node.hold_space:
+        fault("in-order", f"{thread} goes on from the text `{node.site}` without having written it")
+
+
 def _leave_node(thread: Thread) -> None:
     check_drew(thread)
+    check_wrote(thread)
     if not _may_leave_node(thread):
         site = thread.node.site if thread.node is not None else ""
         fault("waits-for-its-branches", f"{thread} goes on from `{site}` before it has done with its branches")

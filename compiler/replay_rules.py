@@ -14,7 +14,7 @@ RULES = {
     "free-when-unseen": "a segment is freed when no thread that runs, waits or may yet be stitched sees it",
     "freed-once": "a segment is freed once, and nothing happens to it afterwards",
     "swapped-back": "a segment is swapped out once at a time, comes back whole, and is not read meanwhile",
-    "lost-is-fed-again": "what a thread lost is fed again, in order, before anything else of it",
+    "lost-is-fed-again": "what a thread lost is fed again, in order, before it feeds anything else or draws",
     "cache-whole-pages": "the prefix cache takes full pages that a segment owns, each once, and lets go of its own",
     "adopt-the-same": "an adopted page is the cache's and holds what its thread would have written there",
     # attention

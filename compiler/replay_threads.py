@@ -96,6 +96,7 @@ class Thread:
     gained: segments that entered its view since it began, with their shifts
     logits_at: the position after the token whose logits are at hand, if any are
     watchers: branches that see what it sees, and run or have such branches themselves
+    wrote: known tokens, since it came to its node
     must_seal: its last row was flushed; must_go_on: it was a drawn token, fed so that it can go on
     pinned: it ended ok, and its join, not yet read, may stitch it
     decoded: tokens drawn in it and in its branches that ended; path: on the longest chain to where it is
@@ -106,7 +107,7 @@ class Thread:
         "attempt", "decoded", "depth", "drawn", "drew", "ended_at", "expects", "fork", "forked", "frames", "fresh",
         "gained", "index", "live", "logits_at", "lost", "must_go_on", "must_seal", "node", "number", "parent", "path",
         "path_tokens", "pinned", "plan", "position", "rank", "reduced", "run", "seat", "segment", "status", "stitching",
-        "unfed", "view", "watchers",
+        "unfed", "view", "watchers", "wrote",
     )  # fmt: skip
 
     def __init__(self, number: int, run: int, path: tuple[str, ...], plan: PlanGraph, region: Region) -> None:
@@ -123,7 +124,7 @@ class Thread:
         self.position = 0
         self.unfed = Unfed()
         self.lost = 0
-        self.must_seal = self.must_go_on = False
+        self.must_seal = self.must_go_on = self.wrote = False
         self.logits_at: int | None = None
         self.gained: list[tuple[Segment, int]] = []
         self.status: str | None = None

@@ -188,17 +188,16 @@ def extend_runs(runs: list[Read], segment: Segment, length: int, shift: int) -> 
 
 
 def merged(reads: Iterable[Read]) -> list[Read]:
-    """Runs with neighbours merged and empty ones left out."""
+    """Runs with neighbours merged. One of no slots, or of fewer, stays as it is: no view has such."""
     found: list[Read] = []
     for read in reads:
         first, count, shift = read
-        if found:
+        if found and count > 0:
             before, size, same = found[-1]
-            if same == shift and before + size == first:
+            if same == shift and size > 0 and before + size == first:
                 found[-1] = (before, size + count, shift)
                 continue
-        if count:
-            found.append(read)
+        found.append(read)
     return found
 
 

@@ -28,7 +28,9 @@ from anabranch.compiler.replay_plan import (
     at_end,
     begin_branch,
     begin_round,
+    check_cause,
     check_drew,
+    check_wrote,
     end_branch,
     enter,
     fork,
@@ -39,6 +41,7 @@ from anabranch.compiler.replay_plan import (
 from anabranch.compiler.replay_rules import RULES, Fault, fault
 from anabranch.compiler.replay_threads import DRAWN, Thread
 from anabranch.compiler.sizes import Sizes
+from anabranch.dsl.check import Target
 from anabranch.dsl.parse import parse_text
 
 # Steps shown before and after the one that breaks a rule, and characters of each.
@@ -84,7 +87,7 @@ def verify_recording(
     """
     if compiled is None:
         known: dict[tuple[str, str, tuple[str, ...]], Compiled] = {}
-        compiled = [_compile(source, known) for source in recording.runs]
+        compiled = [_compile(source, recording.deterministic, known) for source in recording.runs]
     elif len(compiled) != len(recording.runs):
         raise ValueError(f"{len(compiled)} plans are given for {len(recording.runs)} runs")
     bounds = []
@@ -104,11 +107,13 @@ def verify_recording(
     return replay.report()
 
 
-def _compile(source: Source, known: dict[tuple[str, str, tuple[str, ...]], Compiled]) -> Compiled:
+def _compile(source: Source, deterministic: bool, known: dict[tuple[str, str, tuple[str, ...]], Compiled]) -> Compiled:
     key = (source.text, source.plan, source.functions)
     if key not in known:
         try:
-            known[key] = compile_plan(parse_text(source.text), source.plan, functions=source.functions)
+            program = parse_text(source.text)
+            target = Target("the recording", deterministic=deterministic)
+            known[key] = compile_plan(program, source.plan, functions=source.functions, target=target)
         except KeyError:
             raise bad_schedule(f"its text has no plan `{source.plan}`") from None
     return known[key]
@@ -201,13 +206,11 @@ class _Replay:
         return self.threads[number]
 
     def _acting(self, number: int) -> Thread:
-        """A thread that does something: it runs, waits for nothing, and has lost nothing."""
+        """A thread that does something: it runs, and waits for nothing."""
         thread = self._thread(number)
         if thread.status is not None:
             fault("over-is-over", f"{thread} ended {thread.status}")
         self._not_waiting(thread)
-        if thread.lost:
-            fault("lost-is-fed-again", f"{thread} has yet to feed {thread.lost} lost tokens again")
         return thread
 
     def _not_waiting(self, thread: Thread) -> None:
@@ -265,6 +268,7 @@ class _Replay:
     def _end(self, thread: Thread, status: str) -> None:
         if thread.status is not None or status not in _STATUSES:
             fault("over-is-over", f"{thread} ended {thread.status}, and ends {status}")
+        check_cause(thread, status)
         if status == "ok":
             self._acting(thread.number)
             if thread.must_seal:
@@ -272,6 +276,7 @@ class _Replay:
             if thread.must_go_on:
                 fault("kind-of-row", f"the last token of {thread} was fed so that it can go on, and it ends")
             check_drew(thread)
+            check_wrote(thread)
             if not at_end(thread):
                 fault("ends-at-its-end", f"{thread} ends ok, and its plan goes on")
         elif thread.stitching and status in ("failed", "truncated"):
@@ -331,10 +336,13 @@ class _Replay:
         if not ids or min(ids) < 0:
             fault("known-names", f"{thread} writes {ids}, which are no tokens")
         thread.unfed.push(kind_of_text(thread), ids)
+        thread.wrote = True
         thread.must_go_on = False
         thread.position += len(ids)
 
     def _token(self, thread: Thread, token: int) -> None:
+        if thread.lost:
+            fault("lost-is-fed-again", f"{thread} draws, and has yet to feed {thread.lost} lost tokens again")
         if token < 0:
             fault("known-names", f"{thread} draws {token}, which is no token")
         if may_draw(thread) < 1:
@@ -381,6 +389,8 @@ class _Replay:
         self.calls += 1
         if self.orphans:
             fault("losers-stop", f"{self.orphans} branches run on after their join was read, or their parent ended")
+        if not call.seats:
+            fault("seats-work", "a call of the model seats nobody")
         if len(call.seats) > self.machine.lanes:
             fault("lanes", f"a call seats {len(call.seats)} threads, and there are {self.machine.lanes} lanes")
         for number in call.seats:

@@ -21,7 +21,7 @@ from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.scheduler import Machine, Policy, Scheduler, Step, Thread
 from anabranch.compiler.sizes import ModelSizes
 from anabranch.dsl.ast import Program
-from anabranch.dsl.check import Target
+from anabranch.dsl.check import Target, check
 from anabranch.dsl.diagnostics import Span
 from anabranch.dsl.parse import parse_text
 from anabranch.dsl.printer import print_plan
@@ -296,6 +296,9 @@ class Engine:
         What is compiled already is taken as it is: a `max` below what its type takes then fails the branch.
         """
         if isinstance(plan, Compiled):
+            if self.config.deterministic:
+                # It may have been compiled for a place where the clock is read.
+                check(plan.program, functions=functions, target=Target(self.model.name, deterministic=True))
             return plan
         program = parse_text(plan) if isinstance(plan, str) else plan
         target = Target(
@@ -322,9 +325,13 @@ class Engine:
     ) -> Run:
         """Queue a run; `step` moves it on. Raises PlanError if the plan or its inputs are wrong, or can never fit.
 
+        Raises ValueError for a replay on an engine that is recorded: a recording holds nothing of before the kill.
+
         log: takes what a journal keeps of the run
         replay: what a journal holds of it; the run goes on from there, and `step` raises PlanError if it does not fit
         """
+        if replay is not None and self.recorder is not None:
+            raise ValueError("a run that goes on from a journal cannot be recorded")
         compiled = self.compile(plan, name, tuple(functions or ()))
         run = self._prepare(compiled, inputs or {}, seed, input_index, functions or {}, listener)
         run.log, run.replay = log, replay
@@ -742,6 +749,9 @@ class Engine:
         context = task.context
         if not self.config.prefix_cache or context.view is not None or context.segment is not None:
             return
+        if task.thread is not None and task.thread.guest:
+            # What a guest holds must be its own, so that all of it can be taken; nobody reserved a page for it.
+            return
         ids = [u.token for u in context.unfed[:-1]]
         pages = self.pool.cache.match(ids)
         if not pages:
@@ -811,8 +821,10 @@ class Engine:
         if not keeps:
             if fork is None:
                 task.run.forget(task.context)
-                task.context.seal()
-                self.remember(task.context)
+                segment = task.context.segment
+                if segment is None or segment.swapped is None:
+                    task.context.seal()
+                    self.remember(task.context)
             task.run.drop(task.context)
         self.scheduler.end(thread, kept=task.num_pages() if keeps else 0)
         del self._tasks[thread]

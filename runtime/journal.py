@@ -44,6 +44,7 @@ class Header:
     anabranch: the version that wrote it
     source, text, plan: the plan file's name and text, and the plan of it that runs
     inputs: of each run, in order
+    threads: of torch, on which the last bits of a number may depend
     pages: None for as many as the engine takes by itself
     model, fingerprint, dtype, template: as in `load`; the fingerprint is that of the loaded model
     functions: the module of the host's functions, as `--functions` takes it
@@ -63,6 +64,7 @@ class Header:
     page_size: int
     chunk: int
     preempt: Literal["swap", "recompute", "never"]
+    threads: int
     model: str
     fingerprint: str
     dtype: str
@@ -170,9 +172,12 @@ class Journal:
 
         return add
 
-    def commit(self) -> None:
-        """Make what was logged durable. Raises PlanError `journal-write`; what was durable before stays so."""
-        if not self._due:
+    def commit(self, *, all_of_it: bool = False) -> None:
+        """Make what was logged durable. Raises PlanError `journal-write`; what was durable before stays so.
+
+        all_of_it: also what no branch has ended after, as before a run is given up
+        """
+        if not self._due and not (all_of_it and self._lines):
             return
         data = memoryview(b"".join(self._lines))
         try:
@@ -352,6 +357,13 @@ def _count(value: Any) -> int:
     return value
 
 
+def _threads(value: Any) -> int:
+    # More than any machine has would be a strange journal, and are not to be started for one.
+    if type(value) is not int or not 1 <= value <= 1024:
+        raise ValueError
+    return value
+
+
 def _any(value: Any) -> Any:
     return value
 
@@ -410,6 +422,7 @@ _HEADER: Final[dict[str, Check]] = {
     "anabranch": _STR, "source": _STR, "text": _STR, "plan": _STR, "inputs": _many(_DICT), "many": _BOOL, "seed": _INT,
     "deterministic": _BOOL, "lanes": _count, "pages": _COUNT_OR_NONE, "page_size": _count, "chunk": _count,
     "preempt": _one_of("swap", "recompute", "never"),
+    "threads": _threads,
     "model": _STR, "fingerprint": _STR, "dtype": _one_of("float32", "float64"),
     "template": lambda value: None if value is None else _one_of("raw")(value),
     "functions": _STR_OR_NONE, "id": _STR,

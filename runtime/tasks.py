@@ -341,10 +341,17 @@ class Task:
             # Known text at the end is the branch's own prefill.
             yield Feed()
         spec = fork.join.spec
-        if spec.kind == "all" or (spec.kind == "first" and (spec.count or 1) > 1):
-            if fork.width > 1:
-                context.logits = None
-        elif fork.width > KEPT_LOGITS and not context.unfed and context.segment is not None and context.segment.length:
+        several = spec.kind == "all" or (spec.kind == "first" and (spec.count or 1) > 1)
+        if several and fork.width > 1:
+            context.logits = None
+        elif fork.width > KEPT_LOGITS or context.logits is None:
+            # The parent may go on from the last token, whose logits are not kept, or went with tokens taken back.
+            self._feed_last_again()
+
+    def _feed_last_again(self) -> None:
+        """Where nothing is left to feed, the last token of the open segment is fed once more, for its logits."""
+        context = self.context
+        if not context.unfed and context.segment is not None and context.segment.length:
             self._reopen()
 
     def _region(self, region: graph.Region) -> Generator[Request, Any, Returned | None]:
@@ -866,6 +873,9 @@ class Task:
             if self.held_space:
                 # A space held back for a gen that did not come belongs to the text after all.
                 self.held_space = False
+            if context.logits is None:
+                # Branches go on from the last token, whose logits went with tokens that were taken back.
+                self._feed_last_again()
             if context.unfed:
                 # What was lost comes before it, and has a kind of its own.
                 yield Feed(flush=all(unfed.row is Row.RECOMPUTE for unfed in context.unfed[:-1]))

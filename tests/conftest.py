@@ -14,3 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--update` writes what a document's plan gives now into the document."""
     parser.addoption("--update", action="store_true", help="rewrite the expectations in tests/cases/*.md")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith(("test_aliasing_", "test_schedules_")))

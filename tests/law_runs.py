@@ -17,11 +17,13 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from anabranch.compiler.verify_recording import verify_recording
 from anabranch.runtime.engine import Engine, EngineConfig, RunResult
 from anabranch.runtime.events import BranchEnded, BranchStarted, Event
 from anabranch.runtime.layout import Layout
 from anabranch.runtime.models import LoadedModel, load
 from anabranch.runtime.random_model import random_weights
+from anabranch.runtime.recorder import Recorder
 from anabranch.runtime.reference import Report, check_run
 from anabranch.testing import Plan, plans
 
@@ -94,7 +96,8 @@ def run(config: EngineConfig, batch: Sequence[Plan], *, seed: int) -> list[RunRe
     roomy = Engine(model(), replace(config, pages=4096, deterministic=deterministic))
     compiled = [roomy.compile(plan.program, functions=tuple(plan.functions)) for plan in batch]
     least = max(one.bounds(roomy, plan.inputs).pages_depth_first for one, plan in zip(compiled, batch, strict=True))
-    engine = Engine(model(), replace(roomy.config, pages=least + (config.pages or 0)))
+    recorder = Recorder()
+    engine = Engine(model(), replace(roomy.config, pages=least + (config.pages or 0)), recorder=recorder)
     # Of no name that leads back to the engine, which is large and is to go at once.
     now = [0.0]
     engine.clock = lambda: now[0]
@@ -106,6 +109,7 @@ def run(config: EngineConfig, batch: Sequence[Plan], *, seed: int) -> list[RunRe
     while any(run.result is None for run in runs):
         engine.step()
         now.append(now.pop() + 1)
+    verify_recording(recorder.recording(), compiled=compiled)
     return [run.result for run in runs if run.result is not None]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import pytest
@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 from law_runs import COMMON, hold_against_reference, model
 
-from anabranch.compiler.recording import Lose, SwapIn, SwapOut
+from anabranch.compiler.recording import Lose, Step, SwapIn, SwapOut
 from anabranch.compiler.scheduler import Need, Policy
 from anabranch.compiler.verify_recording import verify_recording
 from anabranch.dsl.diagnostics import PlanError
@@ -31,6 +31,7 @@ from anabranch.runtime.context import Context
 from anabranch.runtime.engine import Engine, EngineConfig, Run
 from anabranch.runtime.pages import Segment, View
 from anabranch.runtime.recorder import Recorder
+from anabranch.runtime.replay import LogEntry, Replay
 from anabranch.testing import Plan, plans
 
 LONG = """
@@ -81,7 +82,7 @@ class Engines(RuleBasedStateMachine):
         deterministic=st.booleans(),
     )
     def begin(self, lanes: int, spare: int, page_size: int, chunk: int, deterministic: bool) -> None:
-        config = EngineConfig(
+        self.config = EngineConfig(
             lanes=lanes,
             # A little more than what the first of the templates needs depth first.
             pages=28 // page_size + 4 + spare,
@@ -91,13 +92,20 @@ class Engines(RuleBasedStateMachine):
             deterministic=deterministic,
             trace_logits=True,
         )
-        self.recorder = Recorder()
-        self.engine = Engine(model(), config, policy=Bold(), recorder=self.recorder)
         self.now = 0.0
         self.breaks = False
-        self.engine.clock = lambda: self.now
-        self.engine.sleep = self.pass_time
         self.cases: dict[Run, Plan] = {}
+        self.logs: dict[Run, list[LogEntry]] = {}
+        # What a run goes on as, after the process was killed.
+        self.later: dict[Run, Run] = {}
+        self.recorder: Recorder | None = Recorder()
+        self.engine = self.new_engine()
+
+    def new_engine(self) -> Engine:
+        engine = Engine(model(), self.config, policy=Bold(), recorder=self.recorder)
+        engine.clock = lambda: self.now
+        engine.sleep = self.pass_time
+        return engine
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -138,17 +146,22 @@ class Engines(RuleBasedStateMachine):
     def queue(self, case: Plan, seed: int) -> object:
         if len(self.cases) > 4:
             return multiple()
+        log: list[LogEntry] = []
         try:
-            run = self.engine.submit(
-                case.program, case.inputs, seed=seed, functions={"breaks": self.host, **case.functions}
-            )
+            run = self.put_in(case, seed, log)
         except PlanError as error:
             # The one thing that may be wrong with them: the pool is too small, or deadlines are refused.
             assert {d.code for d in error.diagnostics} <= {"pool-too-small", "wall-clock"}, error
             seen["refused"] += 1
             return multiple()
-        self.cases[run] = case
+        self.cases[run], self.logs[run] = case, log
         return run
+
+    def put_in(self, case: Plan, seed: int, log: list[LogEntry], replay: Replay | None = None) -> Run:
+        functions = {"breaks": self.host, **case.functions}
+        return self.engine.submit(
+            case.program, case.inputs, seed=seed, functions=functions, log=log.append, replay=replay
+        )
 
     @rule(times=st.sampled_from([12, 4, 1]))
     def step(self, times: int) -> None:
@@ -158,6 +171,8 @@ class Engines(RuleBasedStateMachine):
     @precondition(lambda self: len(self.cases) > 3)
     @rule(run=consumes(runs))
     def cancel(self, run: Run) -> None:
+        while run in self.later:
+            run = self.later[run]
         seen["cancelled"] += run.result is None
         self.engine.cancel(run)
         assert run.result is not None
@@ -233,8 +248,11 @@ class Engines(RuleBasedStateMachine):
         assert all(run.result is not None for run in self.cases)
         assert engine.pool.used == engine.pool.idle
         assert engine.scheduler.reserved == 0 and engine.scheduler.idle
-        recording = self.recorder.recording()
-        verify_recording(recording)
+        steps: Sequence[Step] = ()
+        if self.recorder is not None:
+            recording = self.recorder.recording()
+            verify_recording(recording)
+            steps = recording.steps
         for run, case in self.cases.items():
             assert run.result is not None
             hold_against_reference(case, run.result)
@@ -242,8 +260,8 @@ class Engines(RuleBasedStateMachine):
             seen["branches that broke"] += any("it broke" in b.reason for b in run.result.branches)
             seen["late"] += any(b.status == "late" for b in run.result.branches)
         seen["several at once"] += len(self.cases) > 1
-        seen["swapped"] += sum(isinstance(s, SwapOut | SwapIn) for s in recording.steps)
-        seen["lost"] += sum(isinstance(s, Lose) for s in recording.steps)
+        seen["swapped"] += sum(isinstance(s, SwapOut | SwapIn) for s in steps)
+        seen["lost"] += sum(isinstance(s, Lose) for s in steps)
 
 
 class Recomputing(Engines):
@@ -258,10 +276,26 @@ class Reserving(Engines):
     preempt_mode = "never"
 
 
+class Resuming(Engines):
+    """The same, in processes that are killed again and again: others go on from what was logged."""
+
+    @precondition(lambda self: any(run.result is None for run in self.cases))
+    @rule()
+    def stop_and_resume(self) -> None:
+        self.recorder = None  # what goes on was in part done before, and is not in a recording
+        self.engine = self.new_engine()
+        for run in [run for run in self.cases if run.result is None]:
+            case, log = self.cases.pop(run), self.logs.pop(run)
+            again = self.put_in(case, run.seed, log, Replay(tuple(log)))
+            self.cases[again], self.logs[again], self.later[run] = case, log, again
+            seen["resumed"] += 1
+            seen["resumed late"] += len(log) > 3
+
+
 SETTINGS = settings(COMMON, stateful_step_count=24)
 
 
-@pytest.mark.parametrize(("machine", "examples"), [(Engines, 40), (Recomputing, 40), (Reserving, 10)])
+@pytest.mark.parametrize(("machine", "examples"), [(Engines, 40), (Recomputing, 40), (Reserving, 10), (Resuming, 30)])
 def test_runs_come_and_go(machine: type[Engines], examples: int) -> None:
     """At the end of every sequence, each run is what the reference says and the recording is verified."""
     run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=examples))
@@ -269,5 +303,15 @@ def test_runs_come_and_go(machine: type[Engines], examples: int) -> None:
 
 def test_everything_came_to_pass() -> None:
     """The sequences did hold what they are there for. Runs after the machine, in this file's order."""
-    wanted = ("refused", "cancelled", "ok", "branches that broke", "late", "several at once", "swapped", "lost")
+    wanted = (
+        "refused",
+        "cancelled",
+        "ok",
+        "branches that broke",
+        "late",
+        "several at once",
+        "swapped",
+        "lost",
+        "resumed late",
+    )
     assert all(seen[what] for what in wanted), seen

@@ -18,7 +18,7 @@ from anabranch.compiler.scheduler import Child, Machine, Need, Policy, Scheduler
 from anabranch.runtime.engine import Engine, EngineConfig, RunResult
 from anabranch.runtime.pages import Segment
 from anabranch.runtime.recorder import Recorder
-from anabranch.testing import Plan
+from anabranch.testing import Outcome, Plan, Trace, simulate
 
 PLAN = """
 main = plan(n: int) {
@@ -167,3 +167,29 @@ def test_only_guests_are_preempted() -> None:
         scheduler.preempt(root, feed=0)
     with pytest.raises(RuntimeError, match="ran out"):
         scheduler.victim()
+
+
+def test_a_guest_holds_nothing_but_what_can_be_taken() -> None:
+    """Several runs of one plan in a small pool: who has no reservation adopts no pages of the prefix cache."""
+    plan = Plan.parse('main = plan() { text("hello there"); a = gen(max=3); x = fork(2) { b = gen(max=2); }; }')
+    for pages in range(13, 20):
+        simulation = simulate([plan] * 3, Machine(8, pages, 1, 64), Trace((Outcome(30),)))
+        simulation.verify()
+        assert [result.status for result in simulation.results] == ["ok"] * 3
+
+
+FRESH = 'main = plan() { text("hello"); a = gen(max=9); x = fork(2, fresh=true) { b = gen("k", max=2); }; }'
+
+
+@pytest.mark.parametrize("preempt", ["swap", "recompute"])
+def test_what_lost_its_pages_may_be_cancelled_or_fork_afresh(preempt: str) -> None:
+    """A run is cancelled while its keys are in host memory; a thread that lost its tokens forks from an empty view."""
+    plans = [Plan.parse(FRESH)] * 3
+    preempted = 0
+    for pages in range(21, 33):
+        for cancel_at in (None, 6, 12, 18):
+            traces = [Trace((Outcome(30),), cancel_at=cancel_at if place else None) for place in range(3)]
+            simulation = simulate(plans, Machine(8, pages, 1, 64), traces, policy=Bold(), preempt=preempt)
+            simulation.verify()
+            preempted += simulation.num_preempted
+    assert preempted > 0

@@ -507,10 +507,10 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("swapped-back", "swap", drop(SwapOut(0))),
     ("swapped-back", "fork", after(Page(2, 5), SwapOut(0))),
     ("swapped-back", "cache", before(Free(0), SwapOut(0))),
-    ("lost-is-fed-again", "lose", after(Lose(0), Trim(0, 1), Write(0, (6,)))),
+    ("kind-of-row", "lose", after(Lose(0), Trim(0, 1), Write(0, (6,)))),
     ("lost-is-fed-again", "lose", after(Lose(0), Lose(0))),
     ("lost-is-fed-again", "lose", before(Open(0, 0, 0), Lose(0))),
-    ("lost-is-fed-again", "lose", after(Lose(0), End(0, "ok"))),
+    ("lanes", "lose", after(Lose(0), End(0, "ok"))),
     ("cache-whole-pages", "cache", after(Cache(0), Cache(0))),
     ("cache-whole-pages", "cache", after(Cache(0), Cache(5))),
     ("cache-whole-pages", "cache", after(Uncache(1), Uncache(1))),
@@ -584,13 +584,13 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("joined-when-permitted", "fork", put(JOIN, replace(JOIN, winners=(), failed=True))),
     ("joined-when-permitted", "loop", put(FIRST, replace(FIRST, failed=True))),
     ("joined-when-permitted", "loop", both(put(End(2, "ok"), End(2, "cancelled")), put(FIRST, replace(FIRST, ok=())))),
-    ("joined-when-permitted", "loop", both(put(End(2, "ok"), End(2, "late")), put(FIRST, replace(FIRST, ok=())))),
+    ("over-is-over", "loop", both(put(End(2, "ok"), End(2, "late")), put(FIRST, replace(FIRST, ok=())))),
     ("joined-when-permitted", "loop", put(branch(2, 0, 11, 0, "y[0]~1"), replace(FIRST, ok=(), failed=True))),
     ("winners-of-the-join", "fork", put(JOIN, replace(JOIN, winners=(0,)))),
     ("winners-of-the-join", "fork", put(JOIN, replace(JOIN, winners=(1, 0)))),
     ("winners-of-the-join", "fork", put(JOIN, replace(JOIN, ok=(1, 0)))),
     ("winners-of-the-join", "fork", put(JOIN, replace(JOIN, ok=(0,), winners=(0,)))),
-    ("winners-of-the-join", "fork", put(End(2, "ok"), End(2, "truncated"))),
+    ("over-is-over", "fork", put(End(2, "ok"), End(2, "truncated"))),
     ("winners-of-the-join", "loop", put(FIRST, replace(FIRST, winners=(0,)))),
     ("stitch-the-winners", "fork", put(Stitch(0, (1, 2)), Stitch(0, (2, 1)))),
     ("stitch-the-winners", "fork", put(Stitch(0, (1, 2)), Stitch(0, (1,)))),
@@ -605,7 +605,7 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("over-is-over", "fork", after(End(1, "ok"), End(1, "ok"))),
     ("over-is-over", "fork", after(End(1, "ok"), Trim(1, 1))),
     ("over-is-over", "fork", put(End(1, "ok"), End(1, "done"))),
-    ("over-is-over", "fork", before(JOIN, replace(FLUSH, seats=()))),
+    ("seats-work", "fork", before(JOIN, replace(FLUSH, seats=()))),
     ("over-is-over", "loop", before(FIRST, End(0, "cancelled"))),
     ("ends-at-its-end", "fork", before(Enter(0, ("main", 5)), End(0, "ok"))),
     ("ends-at-its-end", "loop", before(Arm(0, ("main", 7), 0), End(0, "ok"))),
@@ -614,7 +614,7 @@ FAULTS: list[tuple[str, str, Edit]] = [
     # tokens
     ("fed-in-order", "fork", call(2, 1, first=1)),
     ("fed-in-order", "fork", after(Token(2, 30), Trim(2, 1))),
-    ("fed-in-order", "fork", put(Write(0, (7,)), Trim(0, 1))),
+    ("in-order", "fork", put(Write(0, (7,)), Trim(0, 1))),
     ("fed-in-order", "score", put(Trim(0, 1), Trim(0, 4))),
     ("fed-in-order", "score", put(Trim(0, 1), Trim(0, 0))),
     ("kind-of-row", "fork", call(2, 0, kinds=(("prefill", 1),))),
@@ -779,6 +779,20 @@ def broken(recording: Recording, sizes: Sizes | None = None) -> ScheduleFault:
     with pytest.raises(ScheduleFault) as raised:
         verify_recording(recording, sizes=sizes)
     return raised.value
+
+
+def test_no_read_takes_back_another() -> None:
+    """Runs of no slots, or of fewer, are no reads: they do not add up to those of the view."""
+    steps = list(BASES["fork"].steps)
+    place, call = next((n, s) for n, s in enumerate(steps) if isinstance(s, Call) and s.blocks)
+    (first, count, shift), *rest = call.blocks[0].reads[0]
+    for reads in (
+        ((first, count + 9, shift), (first + count + 9, -9, shift), *rest),
+        ((first, count, shift), *rest, (first, 0, shift + 5)),
+    ):
+        block = replace(call.blocks[0], reads=(reads, *call.blocks[0].reads[1:]))
+        steps[place] = replace(call, blocks=(block, *call.blocks[1:]))
+        assert broken(replace(BASES["fork"], steps=tuple(steps))).rule in ("reads-its-view", "no-read-after-free")
 
 
 @pytest.mark.parametrize(("rule", "base", "edit"), FAULTS, ids=[f"{n}-{f[0]}" for n, f in enumerate(FAULTS)])

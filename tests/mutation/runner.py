@@ -45,6 +45,7 @@ UNIT_CHECKS: tuple[Callable[[], None], ...] = (
     test_scheduler.test_a_policy_sees_what_waits,
     test_scheduler.test_it_tells_whether_anything_waits,
     test_scheduler.test_misuse_is_refused,
+    test_preemption.test_a_guest_holds_nothing_but_what_can_be_taken,
     test_pages.test_a_segment_grows_in_one_run_beside_a_sibling,
     test_pages.test_pages_kept_for_growth_are_given_up_when_nothing_else_is_left,
     test_pages.test_trim_gives_whole_pages_back,

@@ -73,6 +73,8 @@ def _engine(file: str, header: Header, model: str | None) -> Engine:
             f"{loaded.fingerprint}",
             f"`--model` takes the model that was `{header.model}`",
         )
+    # The bits of a deterministic run are those of its number of threads.
+    torch.set_num_threads(header.threads)
     return Engine(
         loaded,
         EngineConfig(

@@ -131,6 +131,8 @@ def run_all(engine: Engine, runs: Sequence[Run], view: View, stopped: Flag, jour
             engine.step()
             if journal is not None:
                 journal.commit()
+        if journal is not None:
+            journal.commit(all_of_it=True)
         for run in runs:
             engine.cancel(run)
     finally:
@@ -171,6 +173,7 @@ def _header(
         page_size=settings.page_size,
         chunk=settings.chunk,
         preempt=settings.preempt,
+        threads=torch.get_num_threads(),
         model=_absolute(settings.model),
         fingerprint=fingerprint,
         dtype=settings.dtype,

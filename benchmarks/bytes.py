@@ -1,0 +1,138 @@
+"""Bytes that decode attention reads and writes in one layer, counted from the planner's task lists.
+
+    python benchmarks/bytes.py [--chunk 1024]
+
+Nothing runs on a device. Each wave is built as views over a page pool and planned; `read` is what its tasks read of K
+and V, `unique` what the shape says there is (nodes x tokens), and `per branch` what one attention call a row would
+read, as multiples of `unique`. Partial states (fp32, written once and read once) and q and o are counted apart, in
+percent of `read`. K, V, q and o have 16 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+
+from anabranch.kernels.segment_attention import TASK_FIRST, TASK_LENGTH, TASK_NUM_ROWS, TASK_SEGMENT
+from anabranch.runtime.pages import Entry, PagePool, Segment, View
+from anabranch.runtime.task_plan import CHUNK_TOKENS, Capacity, Planned, Row, TaskLists, TaskPlanner
+
+PAGE_SIZE = 16
+ELEMENT_BYTES = 2
+STATE_BYTES = 4
+# Rows x query heads of the widest tile: the sm_90 matrix instruction's 64 twice.
+WIDEST_TILE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tree with `nodes[i]` nodes of `tokens[i]` tokens at depth i; every leaf is a row. heads: query, KV."""
+
+    name: str
+    nodes: tuple[int, ...]
+    tokens: tuple[int, ...]
+    heads: tuple[int, int]
+    head_dim: int = 128
+
+
+def hydragen() -> list[Shape]:
+    """Juravsky et al. 2024: 8 query heads; 128 tokens of each row's own are our choice."""
+    return [
+        Shape(f"Hydragen {prefix} x {batch}", (1, batch), (prefix, 128), (8, kv))
+        for kv in (1, 8)
+        for prefix, batch in ((1024, 64), (2048, 256), (16384, 256), (16384, 1024))
+    ]
+
+
+def fasttree() -> list[Shape]:
+    """The trees of FastTree's benchmark."""
+    trees = (((1, 4, 16, 512), (1024, 256, 128, 32)), ((1, 10), (4000, 400)), ((1, 256), (256, 32)))
+    return [
+        Shape(f"FastTree {','.join(map(str, nodes))}", nodes, tokens, heads)
+        for nodes, tokens in trees
+        for heads in ((16, 1), (32, 8), (32, 32))
+    ]
+
+
+def others() -> list[Shape]:
+    """FlashInfer's cascade example (heads are our choice), and the 8B shape with 64 tokens of each row's own."""
+    cascade = Shape("FlashInfer cascade", (1, 17), (2048, 37), (32, 8))
+    sizes = ((2048, 16), (8192, 1), (8192, 16), (8192, 64), (32768, 1), (32768, 16), (32768, 64))
+    return [cascade, *(Shape(f"8B {prefix} x {rows}", (1, rows), (prefix, 64), (32, 8)) for prefix, rows in sizes)]
+
+
+def wave(shape: Shape) -> list[Row]:
+    """The leaves of the tree as rows of a wave."""
+    num_pages = sum(n * (-(-t // PAGE_SIZE) + 1) for n, t in zip(shape.nodes, shape.tokens, strict=True))
+    pool = PagePool(num_pages, PAGE_SIZE)
+    views: list[View | None] = [None]
+    start = 0
+    for nodes, tokens in zip(shape.nodes[:-1], shape.tokens[:-1], strict=True):
+        grown: list[View | None] = []
+        for node in range(nodes):
+            segment = Segment(pool, start)
+            segment.append([0] * tokens)
+            segment.seal()
+            grown.append(View(views[node * len(views) // nodes], [Entry(segment)]))
+        views = grown
+        start += tokens
+    rows = []
+    for node in range(shape.nodes[-1]):
+        segment = Segment(pool, start)
+        segment.append([0] * shape.tokens[-1])
+        rows.append(Row(views[node * len(views) // shape.nodes[-1]], segment))
+    return rows
+
+
+def tile(shape: Shape) -> int:
+    """The least tile that holds all rows x query group, up to the widest."""
+    wanted = shape.nodes[-1] * shape.heads[0] // shape.heads[1]
+    return min(WIDEST_TILE, max(16, 1 << (wanted - 1).bit_length()))
+
+
+def line(shape: Shape, chunk_tokens: int) -> str:
+    """One line of the table."""
+    num_heads, num_kv_heads = shape.heads
+    rows = wave(shape)
+    block_m = tile(shape)
+    capacity = Capacity.for_rows(len(rows), tasks=32768, pages=2**18, parts=2**18)
+    planner = TaskPlanner(
+        page_size=PAGE_SIZE, rows_per_task=block_m * num_kv_heads // num_heads, capacity=capacity,
+        chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+    lists = TaskLists(capacity)
+    planned = planner.plan(rows, 0, lists)
+    if not isinstance(planned, Planned):
+        raise SystemExit(f"{shape.name}: {planned}")
+    tasks = lists.tasks[: planned.tasks].astype(np.int64)
+    written = np.asarray([row.segment.length for row in rows])[tasks[:, TASK_SEGMENT]]
+    left = np.where(tasks[:, TASK_SEGMENT] >= 0, written - tasks[:, TASK_FIRST], tasks[:, TASK_LENGTH])
+    token_bytes = 2 * num_kv_heads * shape.head_dim * ELEMENT_BYTES
+    read = int(np.minimum(tasks[:, TASK_LENGTH], left).sum()) * token_bytes
+    unique = sum(n * t for n, t in zip(shape.nodes, shape.tokens, strict=True)) * token_bytes
+    alone = len(rows) * sum(shape.tokens) * token_bytes
+    partial = 2 * planned.parts * num_heads * (shape.head_dim + 1) * STATE_BYTES
+    query = int(tasks[:, TASK_NUM_ROWS].sum()) * num_heads * shape.head_dim * ELEMENT_BYTES
+    output = len(rows) * num_heads * shape.head_dim * ELEMENT_BYTES
+    return (
+        f"| {shape.name} | {num_heads}/{num_kv_heads} | {block_m} | {planned.tasks} | {unique / 2**20:.1f} | "
+        f"{read / unique:.2f} | {alone / unique:.1f} | {100 * partial / read:.1f}% | "
+        f"{100 * (query + output) / read:.1f}% |"
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chunk", type=int, default=CHUNK_TOKENS, help="tokens a task reads")
+    options = parser.parse_args()
+    print("| shape | heads | tile | tasks | unique MiB | read / unique | per branch / unique | partials | q and o |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shape in [*hydragen(), *fasttree(), *others()]:
+        print(line(shape, options.chunk))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""`triton.jit` where Triton is installed; elsewhere a kernel stays a plain function, so that its module still imports.
+
+Annotations of a kernel's parameters must be strings (`from __future__ import annotations`): nothing of Triton is then
+touched before a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def jit(fn: Any) -> Any:
+    """`fn` as a Triton kernel, or unchanged where Triton is not installed."""
+    if not HAS_TRITON:
+        return fn
+    import triton
+
+    return triton.jit(fn)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`, which is at least 1: tiles have such sizes."""
+    return 1 << (number - 1).bit_length()
+
+
+def define_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that launches Triton kernels as the torch op `name`, which mutates nothing.
+
+    Where Triton is not installed it is an opaque op, and needs a fake implementation.
+    """
+    # torch warns of a Triton op without Triton.
+    register: Any = torch.library.triton_op if HAS_TRITON else torch.library.custom_op
+    decorator: Callable[[Callable[..., Any]], Any] = register(name, mutates_args=())
+    return decorator
