@@ -92,7 +92,8 @@ EQUIVALENT = {
     "wanted meanwhile, and each draw is at its node",
     "cut off before": "a thread that is cut off or fails comes to one node less: it did nothing there",
     "freed open": "a segment that nobody will see is freed as it is, without being sealed first",
-    "forgotten": "a thread feeds nothing more before it is cut off or fails: what it takes back before does not matter",
+    "forgotten": "neither a thread nor a branch of it feeds anything before it is cut off or fails: what it takes back "
+    "before does not matter",
 }
 """Why a mutant that lives is no fault, by its class. Each class is decided by `equivalent`, from the steps alone."""
 
@@ -139,7 +140,7 @@ def _is_freed_next(segment: int, steps: Sequence[Step]) -> bool:
     return False
 
 
-_WALK = (rec.Enter, rec.Round, rec.Arm, rec.Write)
+_WALK = (rec.Enter, rec.Round, rec.Arm, rec.Write, rec.Forked)
 
 
 def _ends_at_once(thread: int, steps: Sequence[Step], but_for: tuple[type, ...] = ()) -> bool:
