@@ -150,7 +150,7 @@ def check_cause(thread: Thread, status: str) -> None:
         if any((one.budget if status == "truncated" else one.deadline_s) is not None for one in limits):
             return
         around = around.parent
-    fault("over-is-over", f"{thread} ends {status}, and nothing around it has a limit of that kind")
+    fault("ends-for-a-cause", f"{thread} ends {status}, and nothing around it has a limit of that kind")
 
 
 def check_wrote(thread: Thread) -> None:

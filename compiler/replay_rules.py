@@ -23,7 +23,7 @@ RULES = {
     "right-distance": "a key is read with the shift that its segment has in the row's view",
     "right-position": "a row stands at the position of its token, and a segment starts where its thread stands",
     # meaning
-    "in-order": "a thread comes to the nodes of its plan in order, in one arm of each condition",
+    "in-order": "a thread comes to the nodes of its plan in order, in one arm of each condition, and writes its texts",
     "rounds-of-the-loop": "a loop goes through its rounds in order, as many as its node permits",
     "waits-for-its-branches": "between a fork and its join a thread does nothing, and it forks where its node does",
     "branch-once": "a branch is one of its fork and starts once, and again only after a failure, within `retry`",
@@ -33,6 +33,7 @@ RULES = {
     "stitch-the-winners": "after a join that stitches, and only there, the winners' own segments enter the view",
     "losers-stop": "after its join is read no branch runs on",
     "over-is-over": "a thread that ended does nothing more, but that a winner's last tokens are fed for its join",
+    "ends-for-a-cause": "a thread is truncated only under a budget, and late only under a deadline",
     "ends-at-its-end": "a thread ends ok only at a `return` or at the end of its plan's text",
     # tokens
     "fed-in-order": "a thread feeds its tokens in order, each once unless it was lost or taken back",
@@ -44,7 +45,7 @@ RULES = {
     "budget-kept": "no more tokens are drawn than a budget around them permits",
     # limits
     "lanes": "a call seats running threads, each once, and no more than there are lanes; rows are fed by seated ones",
-    "seats-work": "each seat of a call feeds a row or draws a token",
+    "seats-work": "a call has a seat, and each of its seats feeds a row or draws a token",
     "chunk": "a call feeds no more rows beside sampled tokens than the chunk",
     "limit-of-the-fork": "no more branches run at once than `limit` says",
     "order-of-ends": "a join reads branches as they end, and under `deterministic` by (tokens decoded, index)",

@@ -451,9 +451,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing is seated and nothing could be: all plans are over, or something outside must happen first."""
-        if self._seated or self._guests or any(thread.state != "ended" for _, thread in self._queue):
-            return False
-        return not any(_still_waits(waits) for waits in (*self._short, *(entry[-1] for entry in self._waiting)))
+        return not self._seated and not self._guests and not self.has_waiting
 
     def _sit(self, thread: Thread) -> Thread:
         thread.state = "seated"

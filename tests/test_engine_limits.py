@@ -7,7 +7,11 @@ import weakref
 import pytest
 from test_engine import VOTE, assert_idle, engine, one
 
+from anabranch.dsl.diagnostics import PlanError
+from anabranch.runtime.engine import Engine, EngineConfig
 from anabranch.runtime.events import GenEnded, RunEnded
+from anabranch.runtime.recorder import Recorder
+from anabranch.runtime.replay import Replay
 
 
 def test_two_streams_share_an_engine() -> None:
@@ -205,3 +209,19 @@ def test_an_engine_goes_with_its_last_owner() -> None:
         assert known() is None
     finally:
         gc.enable()
+
+
+def test_a_compiled_plan_is_held_to_what_is_deterministic() -> None:
+    """A deadline is refused also in a plan that was compiled for an engine that reads the clock."""
+    compiled = engine().compile('p = plan() { a = fork(2, deadline="1s") { g = gen("a", max=2); }; }')
+    with pytest.raises(PlanError) as raised:
+        engine(deterministic=True).run(compiled)
+    assert raised.value.code == "wall-clock"
+
+
+def test_what_goes_on_from_a_journal_is_not_recorded() -> None:
+    """A recording holds nothing of before a kill, so a replay on a recorded engine is refused at once."""
+    model = engine().model
+    recorded = Engine(model, EngineConfig(pages=64), recorder=Recorder())
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        recorded.submit(VOTE, {"q": "x"}, replay=Replay(()))

@@ -742,3 +742,23 @@ def test_a_passed_deadline_stays_passed(lanes: int) -> None:
         assert result.value == whole.value
         assert result.counts["critical_path_tokens"] <= whole.counts["critical_path_tokens"]
         hold_against_reference(plan, result)
+
+
+def test_what_no_branch_has_ended_after_is_kept_when_a_run_is_given_up(tmp_path: Path) -> None:
+    """Ctrl-C leaves gens of branches that had not ended in the journal, which `commit` alone would not write yet."""
+    path = tmp_path / "run.journal"
+    head = header('p = plan() { x = fork(2) { a = gen("a", max=2); b = gen("b", max=60); }; }', inputs=({},))
+    engine = engine_of(head)
+    with Journal.create(str(path)) as journal:
+        run = engine.submit(head.text, {}, log=journal.log(0))
+        journal.begin(head)
+        for _ in range(8):
+            engine.step()
+        journal.commit()
+        before = read_journal(str(path)).entries[0]
+        journal.commit(all_of_it=True)
+        engine.cancel(run)
+    after = read_journal(str(path)).entries[0]
+    assert after[: len(before)] == before
+    assert not any(isinstance(entry.event, GenEnded) for entry in before)
+    assert sum(isinstance(entry.event, GenEnded) for entry in after) == 2

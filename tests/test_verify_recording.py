@@ -56,7 +56,7 @@ from anabranch.dsl.parse import parse_text
 from anabranch.dsl.printer import print_plan
 from anabranch.runtime.engine import Engine, EngineConfig
 from anabranch.runtime.recorder import Recorder
-from anabranch.testing import Plan, plans
+from anabranch.testing import Outcome, Plan, Trace, plans, simulate
 
 Edit: TypeAlias = Callable[[list[Step]], list[Step]]
 
@@ -584,13 +584,13 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("joined-when-permitted", "fork", put(JOIN, replace(JOIN, winners=(), failed=True))),
     ("joined-when-permitted", "loop", put(FIRST, replace(FIRST, failed=True))),
     ("joined-when-permitted", "loop", both(put(End(2, "ok"), End(2, "cancelled")), put(FIRST, replace(FIRST, ok=())))),
-    ("over-is-over", "loop", both(put(End(2, "ok"), End(2, "late")), put(FIRST, replace(FIRST, ok=())))),
+    ("ends-for-a-cause", "loop", both(put(End(2, "ok"), End(2, "late")), put(FIRST, replace(FIRST, ok=())))),
     ("joined-when-permitted", "loop", put(branch(2, 0, 11, 0, "y[0]~1"), replace(FIRST, ok=(), failed=True))),
     ("winners-of-the-join", "fork", put(JOIN, replace(JOIN, winners=(0,)))),
     ("winners-of-the-join", "fork", put(JOIN, replace(JOIN, winners=(1, 0)))),
     ("winners-of-the-join", "fork", put(JOIN, replace(JOIN, ok=(1, 0)))),
     ("winners-of-the-join", "fork", put(JOIN, replace(JOIN, ok=(0,), winners=(0,)))),
-    ("over-is-over", "fork", put(End(2, "ok"), End(2, "truncated"))),
+    ("ends-for-a-cause", "fork", put(End(2, "ok"), End(2, "truncated"))),
     ("winners-of-the-join", "loop", put(FIRST, replace(FIRST, winners=(0,)))),
     ("stitch-the-winners", "fork", put(Stitch(0, (1, 2)), Stitch(0, (2, 1)))),
     ("stitch-the-winners", "fork", put(Stitch(0, (1, 2)), Stitch(0, (1,)))),
@@ -793,6 +793,29 @@ def test_no_read_takes_back_another() -> None:
         block = replace(call.blocks[0], reads=(reads, *call.blocks[0].reads[1:]))
         steps[place] = replace(call, blocks=(block, *call.blocks[1:]))
         assert broken(replace(BASES["fork"], steps=tuple(steps))).rule in ("reads-its-view", "no-read-after-free")
+
+
+def test_who_comes_first_wins() -> None:
+    """Of two branches that a `first` reads, the one that ended calls later is not the winner."""
+    text = 'main = plan() { x = fork(2) { g = gen("a", max=9); y = 1; } join(vote(y), stitch); }'
+    for content in range(20):
+        # Outcomes are given out by a hash of the branch: one of these lets the second end long before the first.
+        trace = Trace((Outcome(9, content=content), Outcome(1, "end_of_turn", content)))
+        recording = simulate(Plan.parse(text), Machine(2, 64, 4, 8), trace, seed=content).recording
+        if next(s.thread for s in recording.steps if isinstance(s, End)) == 2:
+            break
+    else:
+        pytest.fail("the first branch never ended last")
+    verify_recording(recording)
+    raced = replace(recording.runs[0], text=text.replace("vote(y)", "first(1)"))
+    assert broken(replace(recording, runs=(raced,))).rule == "winners-of-the-join"
+
+
+def test_a_call_seats_somebody() -> None:
+    """A call of the model without a seat is none."""
+    steps = list(BASES["fork"].steps)
+    place = next(n for n, step in enumerate(steps) if isinstance(step, Call))
+    assert broken(replace(BASES["fork"], steps=(*steps[:place], Call((), ()), *steps[place:]))).rule == "seats-work"
 
 
 @pytest.mark.parametrize(("rule", "base", "edit"), FAULTS, ids=[f"{n}-{f[0]}" for n, f in enumerate(FAULTS)])
