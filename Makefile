@@ -39,9 +39,10 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# A worker a core with one thread each; a file's tests stay together, since they share the model they load.
+# A worker a core with one thread each; a file's tests stay together, since they share the model they load. Files go in
+# the order of tests/conftest.py, the longest first; xdist's own order has those of one test last, which are the longest.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: venv
 	$(BIN)/python benchmarks/pages.py
