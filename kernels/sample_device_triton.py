@@ -100,10 +100,8 @@ def _philox(c0, c1, key0, key1):
 
 
 @jit
-def _top24(c0, c1, lane, key0, key1):
-    """The 24 bits of word `lane` that make u, as int32."""
-    w0, w1, w2, w3 = _philox(c0, c1, key0, key1)
-    word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+def _top24(word):
+    """The bits of a word that make u, as int32."""
     return (word >> 8).to(tl.int32)
 
 
@@ -219,14 +217,11 @@ def scores_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    # The four words of a counter are the noise of four tokens, which one thread holds.
-    block = tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[:, None]
-    lane = tl.arange(0, 4)[None, :]
-    token = block * 4 + lane
+    token = tile * BLOCK + tl.arange(0, BLOCK)
     ok = token < vocab
     raw = tl.load(logits_ptr + row * logits_stride + token, mask=ok, other=float("-inf"))
     at = row * tl.num_programs(1) + tile
-    tl.store(masses_ptr + at, tl.sum(tl.sum(_share(raw, tl.load(bounds_ptr + row * 3 + 2)), 1), 0))
+    tl.store(masses_ptr + at, tl.sum(_share(raw, tl.load(bounds_ptr + row * 3 + 2)), 0))
     best = tl.full([], NEVER, tl.int64)
     if tl.load(rows_ptr + row * 4) == 2:
         last_key = tl.load(rows_ptr + row * 4 + 1).to(tl.int32)
@@ -242,15 +237,18 @@ def scores_kernel(
         key = _key(z)
         kept = (key > last_key) | ((key == last_key) & (token <= last_token))
         kept = kept & (z >= tl.load(bounds_ptr + row * 3 + 1)) & (z >= beat - MOST_NOISE)
-        if tl.max(tl.max(kept.to(tl.int32), 1), 0) > 0:
-            top24 = _top24(
-                tl.load(index_ptr + row), block, lane, tl.load(keys_ptr + 2 * row), tl.load(keys_ptr + 2 * row + 1)
+        if tl.max(kept.to(tl.int32), 0) > 0:
+            counter = tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            w0, w1, w2, w3 = _philox(
+                tl.load(index_ptr + row), counter, tl.load(keys_ptr + 2 * row), tl.load(keys_ptr + 2 * row + 1)
             )
+            # The four words of a counter stand side by side, as the four tokens do that one thread loads.
+            top24 = tl.join(tl.join(_top24(w0), _top24(w2)), tl.join(_top24(w1), _top24(w3))).reshape(BLOCK)
             missing = (16777216 - top24).to(tl.float32)
             kept = kept & (missing <= tl.exp(z - beat) * 16778893.0 + 2.0)
-            if tl.max(tl.max(kept.to(tl.int32), 1), 0) > 0:
+            if tl.max(kept.to(tl.int32), 0) > 0:
                 found = _first(_key(z + _gumbel(top24)), token)
-                best = tl.max(tl.max(tl.where(kept, found, NEVER), 1), 0)
+                best = tl.max(tl.where(kept, found, NEVER), 0)
     tl.store(scores_ptr + at, best)
 
 
@@ -448,12 +446,12 @@ def cuts_kernel(
     min_p = tl.load(min_p_ptr + row)
     if min_p > 0.0:
         least = top + tl.log(tl.minimum(min_p, 1.0).to(tl.float64)).to(tl.float32)
-    noise = _gumbel(
-        _top24(
-            tl.load(index_ptr + row), top_token // 4, top_token % 4,
-            tl.load(keys_ptr + 2 * row), tl.load(keys_ptr + 2 * row + 1),
-        )
-    )  # fmt: skip
+    w0, w1, w2, w3 = _philox(
+        tl.load(index_ptr + row), top_token // 4, tl.load(keys_ptr + 2 * row), tl.load(keys_ptr + 2 * row + 1)
+    )
+    lane = top_token % 4
+    word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    noise = _gumbel(_top24(word))
     tl.store(rows_ptr + row * 4, mode)
     tl.store(rows_ptr + row * 4 + 1, last_key.to(tl.int64))
     tl.store(rows_ptr + row * 4 + 2, last_token.to(tl.int64))
