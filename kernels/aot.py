@@ -62,7 +62,9 @@ class Built:
     """One configuration in one target's machine code.
 
     registers: of one thread; AMD: vector registers
-    spills: instructions that move a thread's registers to or from its own memory; AMD: registers so moved
+    spills: instructions that move a thread's registers to or from its own memory; AMD: vector registers so moved
+    scalar_spills: AMD: scalar registers that are kept in lanes of vector registers. That is no memory (else there would
+        be `stack_bytes`) and no problem: masks of loads are pairs of scalar registers, of which there are 106
     stack_bytes: a thread's own memory
     tensor_memory: columns of sm_100's memory for matrix products
     matrix: the matrix instructions' class, several joined by "+", or "none"
@@ -71,6 +73,7 @@ class Built:
 
     registers: int
     spills: int
+    scalar_spills: int
     stack_bytes: int
     shared_bytes: int
     tensor_memory: int
@@ -134,7 +137,16 @@ def build(config: Config, target: Target) -> Built:
     else:
         binary = compiled.asm["cubin"]
         read = read_sass(_disassemble(binary))
-    return Built(read.registers, read.spills, read.stack_bytes, shared_bytes, tensor_memory, read.matrix, binary)
+    return Built(
+        registers=read.registers,
+        spills=read.spills,
+        scalar_spills=read.scalar_spills,
+        stack_bytes=read.stack_bytes,
+        shared_bytes=shared_bytes,
+        tensor_memory=tensor_memory,
+        matrix=read.matrix,
+        binary=binary,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +155,7 @@ class Code:
 
     registers: int
     spills: int
+    scalar_spills: int
     stack_bytes: int
     matrix: str
 
@@ -173,7 +186,7 @@ def read_sass(text: str) -> Code:
         raise ValueError(f"cuobjdump printed no kernel: {text[:200]!r}")
     spills = sum(opcode in ("LDL", "STL") for opcode in opcodes)
     matrix = "+".join(sorted({opcode for opcode in opcodes if opcode.endswith("MMA")})) or "none"
-    return Code(int(resources[1]), spills, int(resources[2]), matrix)
+    return Code(int(resources[1]), spills, 0, int(resources[2]), matrix)
 
 
 _MFMA: Final = re.compile(r"\bv_s?mfmac?_[a-z]+\d+_\d+x\d+x\d+(?:_\d+b)?_?([a-z]+\d+)")
@@ -192,7 +205,8 @@ def read_amdgcn(text: str) -> Code:
     classes = {"MFMA" if kind in ("f16", "bf16") else f"MFMA.{kind.upper()}" for kind in factors}
     return Code(
         figure("vgpr_count"),
-        figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+        figure("vgpr_spill_count"),
+        figure("sgpr_spill_count"),
         figure("private_segment_fixed_size"),
         "+".join(sorted(classes)) or "none",
     )

@@ -82,6 +82,8 @@ def _cell(group: Sequence[Built | str]) -> str:
         classes = ", ".join(sorted({each.matrix for each in built}))
         shared = max(each.shared_bytes for each in built) / 1024
         parts.append(f"{max(each.registers for each in built)} / {shared:.0f} / {classes}")
+        if scalar := max(each.scalar_spills for each in built):
+            parts.append(f"{scalar} scalar")
     if spilling := sum(each.spills > 0 for each in built):
         parts.append(f"**{spilling} spill**")
     if len(built) < len(group):
@@ -100,7 +102,8 @@ a GPU.
 
 A line is one kernel, type and head size, over all its page sizes, tiles and so on. A cell is the most registers of a
 thread (AMD: vector registers), the most shared memory of a block in KiB, and the classes of matrix instruction: fp32
-has none on NVIDIA's chips, since its products are exact.
+has none on NVIDIA's chips, since its products are exact. *scalar*: the most scalar registers that are kept in lanes of
+vector registers, which are no memory.
 
 {grouped(done)}
 """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -19,8 +20,9 @@ from anabranch.kernels.aot_cover import Job
 
 def _serve(connection: Connection, modules: Sequence[str], directory: str) -> None:
     """Answer each (configuration, target), by their names, with its figures or with what went wrong."""
-    # The parent ends its workers.
+    # A group of its own: Ctrl-C is the parent's, which ends the worker together with the assembler that it runs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()
     # Kernels are imported below: with this set they would be the interpreter's.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = tempfile.tempdir = directory
@@ -32,7 +34,9 @@ def _serve(connection: Connection, modules: Sequence[str], directory: str) -> No
         except EOFError:
             return
         try:
-            answer: Built | str = replace(build(configs[name], targets[target]), binary=None)
+            # Where the assembler fails Triton prints all of its input; the error says enough.
+            with redirect_stdout(io.StringIO()):
+                answer: Built | str = replace(build(configs[name], targets[target]), binary=None)
         except Exception as error:  # whatever the compiler raises is the finding
             answer = f"{type(error).__name__}: {error}"
         connection.send(answer)
@@ -78,6 +82,9 @@ def build_each(jobs: Iterable[Job], modules: Sequence[str], num_workers: int) ->
                     yield job, answer
         finally:
             for process in workers.values():
+                # It may not have come to its own group yet.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid or 0, signal.SIGKILL)
                 process.kill()
             for process in workers.values():
                 process.join()
