@@ -83,8 +83,9 @@ def build_each(jobs: Iterable[Job], modules: Sequence[str], num_workers: int) ->
         finally:
             for process in workers.values():
                 # It may not have come to its own group yet.
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid or 0, signal.SIGKILL)
+                if process.pid is not None:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
             for process in workers.values():
                 process.join()
