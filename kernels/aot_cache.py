@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from anabranch.kernels.aot import Built, Target
+from anabranch.kernels.aot_build import Built, Target
 from anabranch.kernels.shipped import Config
 
 _HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ def sources_digest(fn: Any) -> str:
     root = inspect.getsourcefile(getattr(fn, "fn", fn))
     if root is None:
         raise ValueError(f"`{fn.__name__}` has no source file")
-    todo = {Path(root), _HERE / "aot.py"}
+    todo = {Path(root), _HERE / "aot_build.py"}
     texts: dict[Path, bytes] = {}
     while todo:
         path = todo.pop()

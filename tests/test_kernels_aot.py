@@ -18,18 +18,8 @@ from types import ModuleType
 
 import pytest
 
-from anabranch.kernels.aot import (
-    MODULES,
-    TARGETS,
-    Built,
-    Target,
-    aligned,
-    build,
-    problems,
-    read_amdgcn,
-    read_sass,
-    shipped_configs,
-)
+from anabranch.kernels.aot import MODULES, TARGETS, Built, Target, build, problems, shipped_configs
+from anabranch.kernels.aot_build import aligned, read_amdgcn, read_sass
 from anabranch.kernels.aot_cache import Cache
 from anabranch.kernels.aot_command import grouped, main, results
 from anabranch.kernels.aot_cover import LIMIT, axes, cover, every, kernel, pairs, required
@@ -236,9 +226,9 @@ def test_a_signature_that_does_not_fit_is_refused(module: ModuleType) -> None:
         build(config._replace(fn=test_limits_are_inclusive), SM_80)
 
 
-def test_pointers_and_strides_are_aligned() -> None:
+def test_pointers_strides_and_widths_are_aligned() -> None:
     """As a launch finds them; other numbers may be anything."""
-    assert aligned("q_ptr", "*fp16") and aligned("q_stride_row", "i32")
+    assert aligned("q_ptr", "*fp16") and aligned("q_stride_row", "i32") and aligned("num_in", "i32")
     assert not aligned("num_positions", "i32") and not aligned("scale", "fp32")
 
 
