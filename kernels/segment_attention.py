@@ -117,7 +117,7 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: 
 TASK_PAGES = 0  # where in `task_pages` the chunk's pages begin
 TASK_LENGTH = 1  # the slots it spans: of every page all, but for the last
 TASK_SEGMENT = 2  # index into `segment_length` of the segment that still grows, or -1
-TASK_FIRST = 3  # where the chunk begins in that segment
+TASK_FIRST = 3  # where the chunk begins in that segment; below 0 where other keys of its row come first
 TASK_ROWS = 4  # where in `task_rows` its rows begin
 TASK_NUM_ROWS = 5
 TASK_PART = 6  # the partial state of its first row; the others follow
