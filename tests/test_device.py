@@ -198,7 +198,7 @@ def test_running_ahead_changes_no_bit() -> None:
     for deterministic in (False, True):
         found = [
             run_on(
-                Engine(model(), EngineConfig(trace_logits=True, run_ahead=ahead, deterministic=deterministic)),
+                Engine(model(), EngineConfig(lanes=8, trace_logits=True, run_ahead=ahead, deterministic=deterministic)),
                 MIXED, {"q": "what is it"}, seed=5,
             )
             for ahead in (0, 1, 2, 7)
