@@ -384,14 +384,13 @@ class TaskPlanner:
             for entry in group:
                 segment = entry.segment
                 count = -(-segment.length // size)
-                if count == skipped:
-                    skipped = 0
+                first, skipped = skipped, 0
+                if first == count:
                     continue
-                pages += segment.pages[skipped:count]
-                starts += range(segment.start + skipped * size, segment.start + count * size, size)
+                pages += segment.pages[first:count]
+                starts += range(segment.start + first * size, segment.start + count * size, size)
                 ends.append(len(pages) - 1)
                 missing.append(-segment.length % size)
-                skipped = 0
             addresses = self._addresses(pages)
             addresses[ends] -= np.asarray(missing, dtype=np.int32)
             piece = piece._replace(

@@ -77,6 +77,17 @@ def test_norm(num_rows: int, size: int, residual: bool, dtype: torch.dtype) -> N
 
 
 @interpreted
+def test_the_norm_is_of_what_is_handed_on() -> None:
+    """The sum is rounded before its norm is taken, so that a later norm of the same hidden state agrees."""
+    x = torch.tensor([[100.0, 1.0], [200.0, 3.0], [50.0, -1.0]], dtype=torch.float16)
+    added = torch.tensor([[0.04, 0.5], [0.07, 0.25], [-0.02, 1.5]], dtype=torch.float16)
+    weight = torch.ones(2, dtype=torch.float16)
+    normed, hidden = run_norm(x, added, weight, 0.0)
+    assert torch.equal(normed, run_norm(hidden, None, weight, 0.0)[0])
+    assert torch.equal(normed, rms_norm_residual_torch(x, added, weight, 0.0)[0])
+
+
+@interpreted
 def test_every_number_of_a_row_shows_in_that_row_alone() -> None:
     """A change of one number of x, or of what is added, changes the norm of its whole row and of no other."""
     x, added = (strided(3, 33, torch.float32, seed) for seed in (4, 5))

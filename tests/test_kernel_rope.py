@@ -171,6 +171,15 @@ def test_append(
 
 
 @interpreted
+def test_keys_are_rounded_between_norm_and_rotation() -> None:
+    """To the bit, on whole numbers, whose squares add up to the same in any order."""
+    case = make(SLOTS, dtype=torch.float16)
+    case = replace(case, q=(case.q * 4).round(), k=(case.k * 4).round())
+    for found, expected in zip(run_kernel(case), run_torch(case), strict=True):
+        assert torch.equal(found, expected)
+
+
+@interpreted
 @pytest.mark.parametrize("slots", [[], [-1], [79], [-1, -1, -1]], ids=["no-rows", "no-slot", "last-slot", "no-slots"])
 def test_small_sizes(slots: list[int]) -> None:
     """No rows, one, and rows that write nothing: they still get their queries."""

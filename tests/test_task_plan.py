@@ -257,6 +257,7 @@ def test_a_long_chain_is_few_tasks() -> None:
     forest.root(10)
     made = planner(4, chunk=128)
     lists = TaskLists(CAPACITY)
+    laid_out = 8
     for rounds in range(1, 20):
         forest.fork(forest.threads[0], [5])
         forest.stitch(laid_end_to_end=False)
@@ -265,6 +266,9 @@ def test_a_long_chain_is_few_tasks() -> None:
         check(forest.rows(), lists, planned, 4, 128, 16)
         # The root's page, two links a round, of a page each, and the open segment.
         assert planned == Planned(-(-(2 * rounds + 1) // 8), 1, planned.pages, -(-(2 * rounds + 1) // 8))
+        # Chunks that are full stay where they are: a round lays out its own, and one with the open segment.
+        assert planned.pages <= laid_out + 16
+        laid_out = planned.pages
     forest.fork(forest.threads[0], [1] * 8)
     planned = made.plan(forest.rows(), HORIZON, lists)
     assert isinstance(planned, Planned)
@@ -308,9 +312,12 @@ def test_a_fork_must_be_on_the_way() -> None:
     forest.fork(forest.root(10), [1])
     forest.fork(forest.root(10), [1])
     (_, segment, _), (_, _, forks) = (row for row in forest.rows() if row)
-    for view in (None, forest.rows()[0].view):  # type: ignore[union-attr]
+    view = forest.rows()[0].view  # type: ignore[union-attr]
+    made = planner(1)
+    assert isinstance(made.plan(forest.rows(), HORIZON, TaskLists(CAPACITY)), Planned)
+    for row in (Row(None, segment, forks), Row(view, segment, forks), Row(forks[0], segment, (view,))):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="no link"):
-            planner(1).plan([Row(view, segment, forks)], HORIZON, TaskLists(CAPACITY))
+            made.plan([row], HORIZON, TaskLists(CAPACITY))
 
 
 def test_roots_share_cached_pages() -> None:
@@ -326,6 +333,25 @@ def test_roots_share_cached_pages() -> None:
     assert isinstance(planned, Planned)
     check(rows, lists, planned, 4, 32, 16)
     assert int((lists.tasks[: planned.tasks, TASK_NUM_ROWS] == 4).sum()) == 2
+
+
+@pytest.mark.parametrize("lengths", [[64, 64, 5], [70, 64, 70], [10, 64], [32]])
+def test_a_root_of_several_segments(lengths: list[int]) -> None:
+    """A root link may hold several segments, of which the first fills chunks that other roots could share."""
+    forest = Forest()
+    segments = []
+    for length in lengths:
+        segments.append(Segment(forest.pool, sum(lengths)))
+        segments[-1].append([0] * length)
+        segments[-1].seal()
+    forest.threads = [Thread(View(None, [Entry(segment) for segment in segments]), Segment(forest.pool, 0))]
+    forest.write(forest.threads[0], 3)
+    made, lists = planner(4), TaskLists(CAPACITY)
+    for _ in range(2):
+        planned = made.plan(forest.rows(), HORIZON, lists)
+        assert isinstance(planned, Planned)
+        check(forest.rows(), lists, planned, 4, 32, 16)
+        forest.fork(forest.threads[0], [1, 1])
 
 
 def test_pages_that_moved_are_noticed() -> None:
