@@ -55,6 +55,8 @@ def segment_prefill(
     for name, table, fields in (("blocks", blocks, BLOCK_FIELDS), ("spans", spans, SPAN_FIELDS)):
         if table.dim() != 2 or table.shape[1] != fields:
             raise ValueError(f"{name} are [max_{name}, {fields}], not {list(table.shape)}")
+    if cos.numel() >= 2**31:
+        raise ValueError(f"a table of {cos.shape[0]} positions is too long: the kernel counts its numbers in 32 bits")
     if num_blocks.shape != (1,):
         raise ValueError(f"num_blocks is [1], not {list(num_blocks.shape)}")
     if task_pages.shape != page_start.shape:
