@@ -653,11 +653,18 @@ class LinesAutomaton:
 
     def _moves(self, state: int) -> tuple[Ints, NDArray[np.int64]]:
         done, at = self._split(state)
-        moves = self.edges.of(at)
-        done_then, at_then = done + self.ended[moves], self.edges.target[moves]
+        moves, target = self.moves(done, self.edges.of(at))
+        done_then, at_then = np.divmod(target, self.width)
+        return self.edges.token[moves], self.distances[np.maximum(self.least - done_then, 0), at_then]
+
+    def moves(self, done: int, of: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of the edges `of` may be taken when `done` lines have ended, and the state that each leads to."""
+        ended, at_then = self.ended[of].astype(np.int64), self.edges.target[of]
+        done_then = done + ended
         fits = (done_then < self.most) | ((done_then == self.most) & (at_then == self.fresh))
-        far = self.distances[np.maximum(self.least - done_then, 0), at_then]
-        return self.edges.token[moves][fits], far[fits]
+        taken = fits.nonzero()[0]
+        first = of.start or 0
+        return taken + first, done_then[taken] * self.width + at_then[taken]
 
     def mask(self, state: int, left: int) -> Ints:
         return self._masks.get(state, left, lambda: self._moves(state), self.accepting(state))
@@ -733,25 +740,43 @@ def _distances(accepting: NDArray[np.bool_], edges: Edges) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """An automaton laid out for a device.
+    """An automaton laid out for `automaton_mask`; its states keep their numbers.
 
     next_state: int32 [states, vocab], -1 where a token is not allowed
-    mask: int32 [states, ceil(vocab/32)], without regard to a budget
     distance: int32 [states]
-    final: bool [states]
+    accepting, final: bool [states]
     """
 
     next_state: Ints
-    mask: Ints
     distance: Ints
+    accepting: NDArray[np.bool_]
     final: NDArray[np.bool_]
 
 
-def tables(automaton: DfaAutomaton) -> Tables:
-    """`automaton` as dense tables: 4 bytes a state and token."""
+MAX_TABLE_BYTES = 64 << 20  # 340 states at a vocabulary of 49,152
+
+
+def tables(automaton: DfaAutomaton | LinesAutomaton, max_bytes: int = MAX_TABLE_BYTES) -> Tables:
+    """`automaton` as dense tables, 4 bytes a state and token; the lines that were ended are unrolled into states.
+
+    Raises TooLarge above `max_bytes`: such a type's masks are made on the host.
+    """
     size = automaton.vocabulary.size
-    states = len(automaton.distances)
+    states = len(automaton.dfa.step)
+    if isinstance(automaton, LinesAutomaton):
+        states *= automaton.most + 1
+    if 4 * states * size > max_bytes:
+        raise TooLarge(f"the type has {states} states, whose tables take more than {max_bytes} bytes")
     next_state = np.full((states, size), -1, dtype=np.int32)
-    next_state[automaton.edges.origin, automaton.edges.token] = automaton.edges.target
-    mask = np.stack([automaton.mask(state, FAR) for state in range(states)])
-    return Tables(next_state, mask, automaton.distances.astype(np.int32), automaton.dfa.final)
+    if isinstance(automaton, DfaAutomaton):
+        next_state[automaton.edges.origin, automaton.edges.token] = automaton.edges.target
+        distance, final = automaton.distances, automaton.dfa.final
+        return Tables(next_state, distance.astype(np.int32), automaton.dfa.accepting, final)
+    origin = automaton.edges.origin
+    for done in range(automaton.most + 1):
+        moves, target = automaton.moves(done, slice(None))
+        next_state[done * automaton.width + origin[moves], automaton.edges.token[moves]] = target
+    need = np.maximum(automaton.least - np.arange(automaton.most + 1), 0)
+    distance = automaton.distances[need].reshape(-1)
+    final = np.repeat(np.arange(automaton.most + 1) == automaton.most, automaton.width)
+    return Tables(next_state, distance.astype(np.int32), distance == 0, final)

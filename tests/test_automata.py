@@ -224,18 +224,35 @@ def test_a_stop_may_follow_a_value(small: Constraints) -> None:
     ]
 
 
-def test_tables_say_what_the_automaton_does(small: Constraints) -> None:
-    """The dense form for devices: next state, mask and distance of each state."""
-    automaton = DfaAutomaton(small.vocabulary, to_dfa(automata.FLOAT))
+@pytest.mark.parametrize("held", [False, True], ids=["", "held space"])
+@pytest.mark.parametrize("name", TYPES)
+def test_tables_say_what_the_automaton_does(small: Constraints, name: str, held: bool) -> None:
+    """The dense form for devices: next state, distance and ends of each state that is reached, under its own number."""
+    constraint = small.start(TYPES[name][0], held_space=held)
+    assert isinstance(constraint, AutomatonConstraint)
+    automaton = constraint.automaton
+    assert isinstance(automaton, DfaAutomaton | LinesAutomaton)
     dense = tables(automaton)
-    for state in range(len(dense.distance)):
+    reached = [automaton.start]
+    for state in reached:
         nexts = [automaton.step(state, token) for token in range(small.vocabulary.size)]
         assert dense.next_state[state].tolist() == [-1 if n is None else n for n in nexts]
-        ids = {t for t, n in enumerate(nexts) if n is not None}
-        assert set(allowed(dense.mask[state])) == ids | (
-            small.vocabulary.eos_ids if automaton.accepting(state) else set()
-        )
         assert dense.distance[state] == automaton.distance(state)
+        assert dense.accepting[state] == automaton.accepting(state)
+        assert dense.final[state] == automaton.final(state)
+        reached += sorted({n for n in nexts if n is not None} - set(reached))
+    assert len(dense.next_state) == len(dense.distance) == len(dense.accepting) == len(dense.final)
+
+
+def test_tables_have_a_size_limit(small: Constraints) -> None:
+    """A type whose tables would be too large is refused before they are made, however many lines it may have."""
+    automaton = DfaAutomaton(small.vocabulary, to_dfa(automata.FLOAT))
+    taken = tables(automaton).next_state.nbytes
+    assert tables(automaton, taken).next_state.nbytes == taken
+    with pytest.raises(TooLarge, match="states"):
+        tables(automaton, taken - 1)
+    with pytest.raises(TooLarge, match="states"):
+        tables(LinesAutomaton(small.vocabulary, 1, 10**9))
 
 
 PATTERNS = [
