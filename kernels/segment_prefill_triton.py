@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from anabranch.kernels.jit import HAS_TRITON, jit, power_of_two
-from anabranch.kernels.segment_attention import DTYPES, HEAD_DIMS, PAGE_BITS, PAGE_SIZES, supports
+from anabranch.kernels.segment_attention import DTYPES, HEAD_DIMS, PAGE_BITS, PAGE_SIZES
 from anabranch.kernels.segment_attention_triton import num_programs
-from anabranch.kernels.segment_prefill import BLOCK_FIELDS, SPAN_FIELDS
+from anabranch.kernels.segment_prefill import BLOCK_FIELDS, SPAN_FIELDS, largest_block
 from anabranch.kernels.shipped import Config, Matrix, pointer
 
 if HAS_TRITON:
@@ -198,25 +198,25 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile(head_dim: int, element_size: int, block_m: int) -> Tile:
-    """The tile of a configuration, chosen by ahead-of-time builds for sm_80, sm_90, sm_100 and gfx942 so that none
-    spills. Not timed.
+def tile(head_dim: int, element_size: int, page_size: int, block_m: int, windowed: bool) -> Tile:
+    """The tile of a configuration: the most keys a step, and then the most stages, with which none spills in
+    ahead-of-time builds for sm_80, sm_90, sm_100 and gfx942. Not timed.
 
     head_dim: as stored; element_size: bytes
     """
     wide = power_of_two(head_dim)
     if element_size == 4:
-        if block_m == 16 and wide >= 128:
-            return Tile(16, 4, 2)
-        if block_m == 16:
-            return Tile(32, 4, 2)
-        if block_m == 32:
-            return Tile(16, 4 if wide <= 128 else 8, 1)
-        return Tile(16, 4, 1) if wide == 64 else Tile(16, 8, 2)
-    # Four warps where registers last: the matrix instruction of sm_90 takes 64 rows by four warps.
-    if block_m <= 64 and wide <= 128:
-        return Tile(64 if block_m <= 32 or wide == 64 else 32, 4, 2)
-    return Tile(32 if wide == 64 else 16, 8, 2)
+        if block_m == 64:
+            return Tile(16, 8, 1 if windowed else 2)
+        return Tile(32 if wide == 64 else 16, 4, 2)
+    if block_m < 64:
+        if wide <= 128:
+            return Tile(64, 4, 2)
+        return Tile(32, 4, 2) if block_m == 16 else Tile(32, 8, 1)
+    if wide == 64:
+        # sm_100 spills from what loads an address a key in two stages, and with 32 keys a step from two stages alone.
+        return Tile(64, 4, 2) if page_size >= 64 and not windowed else Tile(32, 4, 1)
+    return Tile(32, 8, 1) if windowed else Tile(32, 4, 2)
 
 
 def launch_segment_prefill(
@@ -231,7 +231,7 @@ def launch_segment_prefill(
     kernel: `segment_prefill_kernel`, or that wrapped for tracing
     """
     _, num_kv_heads, page_size, head_dim = k.shape
-    compiled = tile(head_dim, k.element_size(), block_m)
+    compiled = tile(head_dim, k.element_size(), page_size, block_m, window > 0)
     kernel[(num_programs(q.device),)](
         q, q.stride(0), q.stride(1),
         positions,
@@ -252,7 +252,7 @@ def launch_segment_prefill(
 def shipped(head_dim: int, dtype: torch.dtype, page_size: int, block_m: int, group: int, windowed: bool) -> Config:
     """One configuration, as `launch_segment_prefill` launches it, to be built ahead of time."""
     pool = pointer(dtype)
-    compiled = tile(head_dim, dtype.itemsize, block_m)
+    compiled = tile(head_dim, dtype.itemsize, page_size, block_m, windowed)
     # fp32 products are exact (`input_precision="ieee"`), which no matrix instruction of NVIDIA's gives.
     matrix: Matrix = "none" if dtype == torch.float32 else "wgmma" if block_m >= 64 else "mma"
     return Config(
@@ -283,7 +283,8 @@ SHIPPED = tuple(
     for head_dim in HEAD_DIMS
     for dtype in DTYPES
     for page_size in PAGE_SIZES
-    for block_m, group, windowed in ((16, 4, False), (64, 4, False), (64, 3, True), (128, 4, False))
-    if supports(block_m, head_dim, dtype)
+    for block_m in (16, 32, 64)
+    if block_m <= largest_block(head_dim, dtype)
+    for group, windowed in (((4, False), (3, True)) if block_m == largest_block(head_dim, dtype) else ((4, False),))
 )
-"""What an engine may ask for; the query group changes no tile, so a few stand for all."""
+"""What an engine may ask for, windows in the widest tile; the query group changes no tile, so a few stand for all."""
