@@ -216,7 +216,9 @@ def tile(head_dim: int, element_size: int, page_size: int, block_m: int, windowe
     if wide == 64:
         # sm_100 spills from what loads an address a key in two stages, and with 32 keys a step from two stages alone.
         return Tile(64, 4, 2) if page_size >= 64 and not windowed else Tile(32, 4, 1)
-    return Tile(32, 8, 1) if windowed else Tile(32, 4, 2)
+    if windowed:
+        return Tile(32 if head_dim == wide else 16, 8, 1)
+    return Tile(32, 4, 2)
 
 
 def launch_segment_prefill(
