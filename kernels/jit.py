@@ -6,7 +6,7 @@ touched before a launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,12 +29,13 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def define_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function that launches Triton kernels as the torch op `name`, which mutates nothing.
+def define_op(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that launches Triton kernels as the torch op `name`.
 
+    mutates_args: the parameters that it writes to; no others
     Where Triton is not installed it is an opaque op, and needs a fake implementation.
     """
     # torch warns of a Triton op without Triton.
     register: Any = torch.library.triton_op if HAS_TRITON else torch.library.custom_op
-    decorator: Callable[[Callable[..., Any]], Any] = register(name, mutates_args=())
+    decorator: Callable[[Callable[..., Any]], Any] = register(name, mutates_args=mutates_args)
     return decorator

@@ -117,7 +117,7 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: 
 TASK_PAGES = 0  # where in `task_pages` the chunk's pages begin
 TASK_LENGTH = 1  # the slots it spans: of every page all, but for the last
 TASK_SEGMENT = 2  # index into `segment_length` of the segment that still grows, or -1
-TASK_FIRST = 3  # where the chunk begins in that segment
+TASK_FIRST = 3  # where the chunk begins in that segment; below 0 where other keys of its row come first
 TASK_ROWS = 4  # where in `task_rows` its rows begin
 TASK_NUM_ROWS = 5
 TASK_PART = 6  # the partial state of its first row; the others follow
@@ -164,7 +164,9 @@ def segment_attention(
     Source: decode over a shared prefix after Hydragen (Juravsky et al. 2024) and FlashInfer's cascade (Ye et al. 2025),
     with FlashDecoding's split over keys.
     """
-    _check(q, positions, k, v, cos, sin, tasks, block_m)
+    check_inputs(q, positions, k, v, cos, sin, block_m)
+    if tasks.dim() != 2 or tasks.shape[1] != TASK_FIELDS:
+        raise ValueError(f"tasks are [max_tasks, {TASK_FIELDS}], not {list(tasks.shape)}")
     lists = (num_tasks, task_rows, task_pages, page_start, segment_length)
     if any(x.dtype != torch.int32 or not x.is_contiguous() for x in (positions, tasks, *lists)):
         raise ValueError("positions and the task lists are int32 and contiguous")
@@ -179,10 +181,11 @@ def segment_attention_torch(
     tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
     segment_length: Tensor, num_parts: int, scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The definition of `segment_attention`: each task's keys are gathered, and attended to in fp32."""
+    """The definition of `segment_attention`: each task's keys are gathered, and attended to in fp32.
+
+    Rows are padded to what a tile holds, as in the kernel, so that a row's bits do not depend on the others of its task.
+    """
     _, num_heads, head_dim = q.shape
-    page_size = k.shape[2]
-    half = head_dim // 2
     out = q.new_zeros(num_parts, num_heads, head_dim, dtype=torch.float32)
     lse = q.new_full((num_parts, num_heads), float("-inf"), dtype=torch.float32)
     lengths = segment_length.tolist()
@@ -191,23 +194,41 @@ def segment_attention_torch(
         if segment >= 0:
             length = max(0, min(length, lengths[segment] - first))
         rows = task_rows[row_first : row_first + num_rows].long()
-        span = torch.arange(length)
-        entry = task_pages[pages + span // page_size].long()
-        slot = span % page_size
-        is_key = slot < (entry & ((1 << PAGE_BITS) - 1))
-        page, slot = (entry >> PAGE_BITS)[is_key], slot[is_key]
-        position = page_start[pages + span // page_size][is_key] + slot
-        keys, values = (x[page, :, slot].transpose(0, 1).float() for x in (k, v))
+        keys, values, position, _ = gather_keys(k, v, task_pages, page_start, pages, length)
         angle = positions[rows].long() - shift
-        c, s = cos[angle.abs()][:, None], (sin[angle.abs()] * angle.sign()[:, None])[:, None]
-        low, high = q[rows, :, :half].float(), q[rows, :, half:].float()
-        rotated = torch.cat((low * c - high * s, high * c + low * s), dim=-1).to(k.dtype).float()
-        visible = torch.ones(num_rows, len(slot), dtype=torch.bool)
+        rotated = rotate_queries(q[rows], angle, cos, sin)
+        visible = torch.ones(num_rows, len(position), dtype=torch.bool)
         if window:
             visible = angle[:, None] - position[None, :] < window
-        found = attention_torch(rotated, keys, values, visible, scale=scale)
-        out[part : part + num_rows], lse[part : part + num_rows] = found
+        states, sums = attention_torch(rotated, keys, values, visible, scale=scale)
+        out[part : part + num_rows], lse[part : part + num_rows] = states[:num_rows], sums[:num_rows]
     return out, lse
+
+
+def gather_keys(
+    k: Tensor, v: Tensor, task_pages: Tensor, page_start: Tensor, pages: int, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The keys of the `length` slots from `task_pages[pages]` on, for the definitions.
+
+    Returns K and V, each fp32 [num_kv_heads, num_keys, head_dim], the positions they were written at, and the index of
+    each among the slots.
+    """
+    page_size = k.shape[2]
+    index = torch.arange(length)
+    entry = task_pages[pages + index // page_size].long()
+    index = index[index % page_size < (entry & ((1 << PAGE_BITS) - 1))]
+    at, slot = pages + index // page_size, index % page_size
+    page = task_pages[at].long() >> PAGE_BITS
+    keys, values = (x[page, :, slot].transpose(0, 1).float() for x in (k, v))
+    return keys, values, page_start[at] + slot, index
+
+
+def rotate_queries(q: Tensor, angle: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rows of q [num_rows, num_heads, head_dim] rotated in fp32 to `angle` [num_rows], int64, which may be negative,
+    then rounded to q's type, as fp32; for the definitions."""
+    low, high = q.float().chunk(2, dim=-1)
+    c, s = cos[angle.abs()][:, None], (sin[angle.abs()] * angle.sign()[:, None])[:, None]
+    return torch.cat((low * c - high * s, high * c + low * s), dim=-1).to(q.dtype).float()
 
 
 def supports(block_m: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -215,9 +236,8 @@ def supports(block_m: int, head_dim: int, dtype: torch.dtype) -> bool:
     return block_m < 128 or (dtype != torch.float32 and head_dim <= 128)
 
 
-def _check(
-    q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, tasks: Tensor, block_m: int
-) -> None:
+def check_inputs(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, block_m: int) -> None:
+    """Raise ValueError if rows, pools or tables are not what `segment_attention` and `segment_prefill` take."""
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k.shape[1], k.shape[2]
     if head_dim not in HEAD_DIMS:
@@ -247,8 +267,6 @@ def _check(
             raise ValueError(f"cos and sin are fp32, contiguous, [num_positions, {head_dim // 2}]")
     if cos.shape != sin.shape:
         raise ValueError("cos and sin hold the same positions")
-    if tasks.dim() != 2 or tasks.shape[1] != TASK_FIELDS:
-        raise ValueError(f"tasks are [max_tasks, {TASK_FIELDS}], not {list(tasks.shape)}")
 
 
 # Opaque to tracing, since its loops follow the data.

@@ -138,8 +138,9 @@ class Context:
         self.logits = None
 
     def num_pages(self) -> int:
-        """Pages of the open segment."""
-        return len(self.segment.pages) if self.segment is not None else 0
+        """Pages of the open segment that hold tokens."""
+        segment = self.segment
+        return 0 if segment is None else min(segment.num_pages, len(segment.pages))
 
     def drop(self) -> None:
         """Let go of everything."""

@@ -26,17 +26,28 @@ class Linear:
     may differ, so `Decoder` pads it to two.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight: [out_features, in_features]; bias: [out_features]; both of the dtype and device to compute in."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
+        """weight: [out_features, in_features]; bias: [out_features]; both of the dtype and device to compute in.
+
+        pack: False keeps the plain weight, for kernels that read it
+        """
         self.out_features, self.in_features = weight.shape
-        self._bias = bias
-        self._packed = weight.dtype == torch.float32 and weight.device.type == "cpu" and has_packed_linear()
+        self.bias = bias
+        packable = weight.dtype == torch.float32 and weight.device.type == "cpu" and has_packed_linear()
+        self._packed = pack and packable
         # The hint is a typical batch size; the layout, and the time at 1 to 512 rows, did not depend on it.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32) if self._packed else weight
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features]. Raises ValueError if only its packed form was kept."""
+        if self._packed:
+            raise ValueError("the weight is packed for this CPU: load the decoder with pack=False")
+        return self._weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_rows, in_features]. Returns [num_rows, out_features]."""
         if self._packed:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
             return out
-        return torch.nn.functional.linear(x, self._weight, self._bias)
+        return torch.nn.functional.linear(x, self._weight, self.bias)

@@ -16,6 +16,8 @@ from anabranch.runtime.config import ModelConfig, bad_model
 from anabranch.runtime.fixed_shapes import FixedShapes, find_fixed_shapes, tiles
 from anabranch.runtime.linear import Linear
 
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> out
 
@@ -27,7 +29,9 @@ h // (num_heads / num_kv_heads), and logits are scaled by head_dim ** -0.5.
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
+    """The weights of one layer."""
+
     attention_norm: Tensor
     qkv: Linear
     q_norm: Tensor | None
@@ -44,7 +48,9 @@ class Decoder:
     config: the shape
     weights: by Hugging Face name; each is taken once, cast to `dtype`, packed, and not kept, so a lazy mapping keeps
         the peak at one copy of the model
-    dtype: torch.float32 or torch.float64
+    dtype: torch.float32 or torch.float64, which `forward` computes in; torch.float16 and torch.bfloat16 for a device
+    device: where the weights go
+    pack: for a CPU's own linears; False keeps the weights plain, for kernels that read them
     Raises PlanError `bad-model` naming a tensor that is missing or of the wrong shape.
     """
 
@@ -56,19 +62,23 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         name: str = "weights",
+        pack: bool = True,
     ) -> None:
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"the decoder computes in float32 or float64, not {dtype}")
+        if dtype not in DTYPES:
+            raise ValueError(f"the decoder computes in one of {DTYPES}, not {dtype}")
         self.config = config
         self.dtype = dtype
         self.device = torch.device(device)
+        self.packed = pack
         self._fixed_shapes: dict[int, FixedShapes] = {}
         take = _Taker(weights, dtype, self.device, name)
         vocab, hidden = config.vocab_size, config.hidden_size
-        self._embedding = take("model.embed_tokens.weight", vocab, hidden)
-        self._layers = tuple(_layer(config, take, f"model.layers.{i}.") for i in range(config.num_layers))
-        self._final_norm = take("model.norm.weight", hidden)
-        self._lm_head = Linear(self._embedding if config.tied_embeddings else take("lm_head.weight", vocab, hidden))
+        self.embedding = take("model.embed_tokens.weight", vocab, hidden)
+        self.layers = tuple(_layer(config, take, f"model.layers.{i}.", pack) for i in range(config.num_layers))
+        self.final_norm = take("model.norm.weight", hidden)
+        self.lm_head = Linear(
+            self.embedding if config.tied_embeddings else take("lm_head.weight", vocab, hidden), pack=pack
+        )
 
     @torch.no_grad()
     def forward(
@@ -93,8 +103,8 @@ class Decoder:
             raise ValueError(f"{num_tokens} token ids and {positions.shape[0]} positions")
         sizes = _sizes(num_tokens, None if shapes is None else shapes.layer_rows)
         padded = sum(sizes)
-        hidden = torch.nn.functional.embedding(_pad(token_ids, padded), self._embedding)
-        for i, layer in enumerate(self._layers):
+        hidden = torch.nn.functional.embedding(_pad(token_ids, padded), self.embedding)
+        for i, layer in enumerate(self.layers):
             q, k, v = _over(sizes, partial(self._before, layer), hidden)
             attended = attend(i, q[:num_tokens], k[:num_tokens], v[:num_tokens]).reshape(num_tokens, -1)
             (hidden,) = _over(sizes, partial(self._after, layer), hidden, _pad(attended, padded))
@@ -121,15 +131,15 @@ class Decoder:
         Every layer has these shapes. Returns [num_rows, some size].
         """
         rows = hidden.shape[0]
-        q, k, v = self._before(self._layers[0], hidden)
-        (out,) = self._after(self._layers[0], hidden, q.reshape(rows, -1))
+        q, k, v = self._before(self.layers[0], hidden)
+        (out,) = self._after(self.layers[0], hidden, q.reshape(rows, -1))
         return torch.cat([q.reshape(rows, -1), k.reshape(rows, -1), v.reshape(rows, -1), out], dim=-1)
 
     def probe_head(self, hidden: Tensor) -> Tensor:
         """The logits of [num_rows, hidden_size]."""
         return self._head(hidden)[0]
 
-    def _before(self, layer: _Layer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _before(self, layer: Layer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of rows: [num_rows, heads of each, head_dim]."""
         config = self.config
         rows, head_dim = hidden.shape[0], config.head_dim
@@ -143,14 +153,14 @@ class Decoder:
             q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)
         return q, k, v
 
-    def _after(self, layer: _Layer, hidden: Tensor, attended: Tensor) -> tuple[Tensor]:
+    def _after(self, layer: Layer, hidden: Tensor, attended: Tensor) -> tuple[Tensor]:
         """The residual stream after the layer."""
         hidden = hidden + layer.output(attended)
         gate, up = layer.gate_up(rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)).chunk(2, dim=-1)
         return (hidden + layer.down(swiglu(gate, up)),)
 
     def _head(self, hidden: Tensor) -> tuple[Tensor]:
-        return (self._lm_head(rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)),)
+        return (self.lm_head(rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)),)
 
 
 def _sizes(rows: int, fixed: Sequence[int] | None) -> list[int]:
@@ -194,7 +204,7 @@ class _Taker:
         return found.to(device=self.device, dtype=self.dtype)
 
 
-def _layer(config: ModelConfig, take: _Taker, prefix: str) -> _Layer:
+def _layer(config: ModelConfig, take: _Taker, prefix: str, pack: bool) -> Layer:
     hidden, head_dim, ff = config.hidden_size, config.head_dim, config.intermediate_size
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
@@ -205,9 +215,10 @@ def _layer(config: ModelConfig, take: _Taker, prefix: str) -> _Layer:
         return Linear(
             torch.cat(weights) if len(weights) > 1 else weights[0],
             None if bias is None else torch.cat(bias),
+            pack=pack,
         )
 
-    return _Layer(
+    return Layer(
         attention_norm=take(f"{prefix}input_layernorm.weight", hidden),
         qkv=stacked(
             {"self_attn.q_proj": q_size, "self_attn.k_proj": kv_size, "self_attn.v_proj": kv_size},

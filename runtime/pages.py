@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -170,18 +170,27 @@ class Segment:
         """Take slots for `token_ids`; returns their indices in the segment. The caller writes K and V there."""
         if self.sealed:
             raise RuntimeError("a sealed segment is never written")
-        size = self.pool.page_size
-        first = self.length
+        first, held = self.length, self.num_pages
         self.length += len(token_ids)
         self.ids.extend(token_ids)
-        while len(self.pages) * size < self.length:
+        self.reserve(self.length)
+        for page in self.pages[held : self.num_pages]:
+            self._note(recording.Page(self.number, page))
+        return range(first, self.length)
+
+    @property
+    def num_pages(self) -> int:
+        """How many of `pages` hold tokens; the others were reserved."""
+        return -(-self.length // self.pool.page_size)
+
+    def reserve(self, tokens: int) -> None:
+        """Hold pages for `tokens` in all. What is not used goes back when the segment is trimmed or sealed."""
+        while len(self.pages) * self.pool.page_size < tokens:
             if self.pages:
                 self.pages.append(self.pool.allocate(self.pages[-1]))
             else:
                 self.pages.append(self.pool.allocate(None, self.expect))
                 self.reach = self.pages[0] + self.expect
-            self._note(recording.Page(self.number, self.pages[-1]))
-        return range(first, self.length)
 
     def trim(self, length: int) -> None:
         """Forget tokens from `length` on. Pages that are left empty go back."""
@@ -189,19 +198,19 @@ class Segment:
             raise RuntimeError("a sealed segment is never trimmed")
         if length > self.length:
             raise ValueError(f"cannot trim {self.length} tokens to {length}")
+        held = self.num_pages
         self.length = length
         del self.ids[length:]
-        keep = -(-length // self.pool.page_size)
-        if len(self.pages) > keep:
-            self._note(recording.Shrink(self.number, len(self.pages) - keep))
-            self.pool.release(self.pages[keep:])
-            del self.pages[keep:]
+        if held > self.num_pages:
+            self._note(recording.Shrink(self.number, held - self.num_pages))
+        self._shed()
 
     def seal(self) -> None:
         """No more tokens; pages kept for growth are given up."""
         self.sealed = True
         self._note(recording.Seal(self.number))
         self._settle()
+        self._shed()
 
     def drop(self) -> None:
         """One reader less; the last one gives the pages back."""
@@ -214,7 +223,7 @@ class Segment:
             self.pool.release(self.pages)
             self.pages = []
 
-    def swap_out(self, store: KvStore) -> None:
+    def swap_out(self, store: Store) -> None:
         """The content goes to host memory, and the pages go back."""
         if self.sealed or self.swapped is not None or not self.pages:
             raise RuntimeError("only an open segment that holds pages is swapped out")
@@ -224,7 +233,7 @@ class Segment:
         self.pool.release(self.pages)
         self.pages = []
 
-    def swap_in(self, store: KvStore) -> None:
+    def swap_in(self, store: Store) -> None:
         """The content comes back, bit for bit, into pages that may be others."""
         if self.swapped is None:
             raise RuntimeError("a segment that was not swapped out is swapped in")
@@ -273,6 +282,13 @@ class Segment:
     def _note(self, step: recording.Step) -> None:
         if self.pool.recorder is not None:
             self.pool.recorder.note(step)
+
+    def _shed(self) -> None:
+        """Give back the pages that hold nothing."""
+        keep = self.num_pages
+        if len(self.pages) > keep:
+            self.pool.release(self.pages[keep:])
+            del self.pages[keep:]
 
     def _settle(self) -> None:
         if self.reach:
@@ -417,6 +433,18 @@ class PrefixCache:
 
 Saved: TypeAlias = list[tuple[Tensor, Tensor]]
 """Keys and values of a segment's tokens, layer by layer: each [num_kv_heads, num_tokens, head_dim]."""
+
+
+class Store(Protocol):
+    """The keys and values behind the pool's slots."""
+
+    def save(self, segment: Segment) -> Saved:
+        """A copy of what `segment` holds, in host memory."""
+        ...
+
+    def restore(self, segment: Segment, saved: Saved) -> None:
+        """Write what `save` gave to the slots that `segment` has now."""
+        ...
 
 
 class KvStore:

@@ -1,0 +1,91 @@
+"""Builds in processes of their own: Triton's compiler is not thread safe, and may end the process that it runs in."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from anabranch.kernels.aot import TARGETS, Built, build, shipped_configs
+from anabranch.kernels.aot_cover import Job
+
+
+def _serve(connection: Connection, modules: Sequence[str], directory: str) -> None:
+    """Answer each (configuration, target), by their names, with its figures or with what went wrong."""
+    # A group of its own: Ctrl-C is the parent's, which ends the worker together with the assembler that it runs.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()
+    # Kernels are imported below: with this set they would be the interpreter's.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = tempfile.tempdir = directory
+    configs = {config.name: config for config in shipped_configs(modules)}
+    targets = {target.name: target for target in TARGETS}
+    while True:
+        try:
+            name, target = connection.recv()
+        except EOFError:
+            return
+        try:
+            # Where the assembler fails Triton prints all of its input; the error says enough.
+            with redirect_stdout(io.StringIO()):
+                answer: Built | str = replace(build(configs[name], targets[target]), binary=None)
+        except Exception as error:  # whatever the compiler raises is the finding
+            answer = f"{type(error).__name__}: {error}"
+        connection.send(answer)
+
+
+def build_each(jobs: Iterable[Job], modules: Sequence[str], num_workers: int) -> Generator[tuple[Job, Built | str]]:
+    """Each job with its figures, without the binary, or with what went wrong; in the order in which they end.
+
+    modules: where the workers find the configurations, which cannot be sent. Close the iterator to end the workers.
+    """
+    context = multiprocessing.get_context("spawn")
+    left = deque(jobs)
+    workers: dict[Connection, BaseProcess] = {}
+    busy: dict[Connection, Job] = {}
+
+    def give(connection: Connection) -> None:
+        config, target = busy[connection] = left.popleft()
+        # A worker that has just died is noticed where its answer is read.
+        with suppress(BrokenPipeError):
+            connection.send((config.name, target.name))
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        try:
+            while left or busy:
+                while left and len(workers) < num_workers:
+                    ours, theirs = context.Pipe()
+                    workers[ours] = context.Process(target=_serve, args=(theirs, modules, directory), daemon=True)
+                    workers[ours].start()
+                    theirs.close()
+                    give(ours)
+                ready = wait(list(busy))
+                for connection in [each for each in busy if each in ready]:
+                    job = busy.pop(connection)
+                    try:
+                        answer: Built | str = connection.recv()
+                    except (EOFError, ConnectionError):
+                        ended = workers.pop(connection)
+                        ended.join()
+                        answer = f"the compiler ended its process, exit code {ended.exitcode}"
+                    else:
+                        if left:
+                            give(connection)
+                    yield job, answer
+        finally:
+            for process in workers.values():
+                # It may not have come to its own group yet.
+                if process.pid is not None:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+            for process in workers.values():
+                process.join()
