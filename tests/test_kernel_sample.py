@@ -194,7 +194,7 @@ MANY: dict[str, list[Any]] = {
 
 
 @interpreted
-@pytest.mark.parametrize("vocab", [1, 2, 31, 257, 1000])
+@pytest.mark.parametrize("vocab", [1, 31, 257, 1000])
 def test_all_filters(vocab: int) -> None:
     """Every filter alone and with others, with masks and penalties, on odd vocabularies; NaN past a row is not read."""
     n = len(MANY["top_k"])
@@ -209,14 +209,16 @@ def test_all_filters(vocab: int) -> None:
         "repetition": (torch.rand(n, generator=generator) + 0.7).tolist(),
         "presence": torch.randn(n, generator=generator).tolist(),
     }
-    plain = check(logits, options(n, **MANY))
-    masked = check(logits, options(n, **MANY, mask=pack(some)))
-    sizes = (SIZES, SMALL) if vocab == 257 else (SIZES,)
-    both = check(logits, options(n, **MANY, mask=pack(some), **penalties), *sizes)
+    found = check(logits, options(n, **MANY, mask=pack(some), **penalties))
     if vocab == 257:
-        assert len({tuple(t.tolist()) for t in (plain, masked, both)}) == 3
-        check(logits, options(n, **MANY, seen=penalties["seen"], repetition=penalties["repetition"]))
-        check(logits, options(n, **MANY, seen=penalties["seen"], presence=penalties["presence"]))
+        others: list[dict[str, Any]] = [
+            {}, {"mask": pack(some)},
+            {"seen": penalties["seen"], "repetition": penalties["repetition"]},
+            {"seen": penalties["seen"], "presence": penalties["presence"]},
+        ]  # fmt: skip
+        outcomes = [check(logits, options(n, **MANY, **other)).tolist() for other in others]
+        assert len({*map(tuple, outcomes), tuple(found.tolist())}) == 5
+        check(logits, options(n, **MANY, mask=pack(some), **penalties), SMALL)
 
 
 @interpreted
@@ -249,7 +251,7 @@ def test_ties_at_the_cuts() -> None:
 @interpreted
 def test_top_p_at_exact_boundaries() -> None:
     """A prefix whose share is exactly p is enough, and one below it is not; whatever p, one token is kept."""
-    vocab, n = 8, 16
+    vocab, n = 8, 12
     flat = torch.zeros(n, vocab)
     assert set(check(flat, options(n, top_p=0.25)).tolist()) == {0, 1}
     above = float(np.nextafter(np.float32(0.25), np.float32(1)))
@@ -269,7 +271,7 @@ def test_each_bit_of_mask_and_bitmap() -> None:
     vocab = 35
     logits = rows(vocab, vocab, 1.0)
     one = torch.eye(vocab, dtype=torch.bool)
-    for given in ({}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.1}, {"temperature": 0.0}):
+    for given in ({}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}, {"temperature": 0.0}):
         chosen = options(vocab, mask=pack(one), **given)
         assert run_kernel(logits, chosen, SMALL)[0].tolist() == list(range(vocab))
     penalized = options(vocab, seen=pack(~one), presence=1000.0)
