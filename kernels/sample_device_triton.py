@@ -466,6 +466,8 @@ def finish_kernel(
     best = tl.max(tl.load(scores_ptr + row * tiles + each, mask=each < tiles, other=NEVER), 0)
     mass = tl.sum(tl.load(masses_ptr + row * tiles + each, mask=each < tiles, other=0), 0)
     mode = tl.load(rows_ptr + row * 4)
+    # The likeliest token is kept and reaches its own score; were that ever to fail, no wild address follows from it.
+    mode = tl.where((mode == 2) & (best == NEVER), 0, mode)
     likeliest = tl.load(rows_ptr + row * 4 + 3)
     token = tl.where(mode == 2, 0x7FFFFFFF - (best & 0x7FFFFFFF), likeliest)
     raw = tl.load(logits_ptr + row * logits_stride + token, mask=mode > 0, other=float("nan"))
