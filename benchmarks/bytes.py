@@ -67,22 +67,25 @@ def wave(shape: Shape) -> list[Row]:
     """The leaves of the tree as rows of a wave."""
     num_pages = sum(n * (-(-t // PAGE_SIZE) + 1) for n, t in zip(shape.nodes, shape.tokens, strict=True))
     pool = PagePool(num_pages, PAGE_SIZE)
-    views: list[View | None] = [None]
+    # Every node above the leaves is a thread that waits at its fork.
+    forks: list[tuple[View, ...]] = [()]
     start = 0
     for nodes, tokens in zip(shape.nodes[:-1], shape.tokens[:-1], strict=True):
-        grown: list[View | None] = []
+        grown: list[tuple[View, ...]] = []
         for node in range(nodes):
             segment = Segment(pool, start)
             segment.append([0] * tokens)
             segment.seal()
-            grown.append(View(views[node * len(views) // nodes], [Entry(segment)]))
-        views = grown
+            above = forks[node * len(forks) // nodes]
+            grown.append((*above, View(above[-1] if above else None, [Entry(segment)])))
+        forks = grown
         start += tokens
     rows = []
     for node in range(shape.nodes[-1]):
         segment = Segment(pool, start)
         segment.append([0] * shape.tokens[-1])
-        rows.append(Row(views[node * len(views) // shape.nodes[-1]], segment))
+        above = forks[node * len(forks) // shape.nodes[-1]]
+        rows.append(Row(above[-1], segment, above))
     return rows
 
 

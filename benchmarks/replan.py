@@ -1,12 +1,14 @@
-"""Host time of planning a wave again after a finish and after a fork.
+"""Host time of planning a wave again after a finish, a fork, a join and a horizon.
 
     python benchmarks/replan.py [--repeats 40]
 
 64 lanes see 1,000 segments. A finish seals and drops a lane's segment, gives its pages back and plans again; a fork
-seals the parent's segment, makes a view and 32 segments with pages for the horizon, and plans again. Both fill the
-staging buffers; the copy to a device and the launch are not there. Three shapes: `joins`, where lanes stand on stitched
-joins of 100 segments each; `loops`, where each lane has 14 links of its own over one such join; and `chain`, the worst,
-where every lane sees the same 936 links of one segment.
+seals the parent's segment, makes a view and 32 segments with pages for the horizon, and plans again; a join seals those
+32, stitches them into the parent's view and plans again, with the parent in one lane; a horizon gives every lane the
+pages for 64 more tokens, and plans again. All fill the staging buffers; the copy to a device and the launch are not
+there. Three shapes: `joins`, where lanes are branches of eight forks, each over a stitched join of some 100 segments,
+which are over one that all see; `loops`, where each lane has 14 links of its own over one such join; and `chain`, where
+all lanes are branches of a fork at the end of 936 links of one segment.
 """
 
 from __future__ import annotations
@@ -48,14 +50,18 @@ class Wave:
             entries.append(Entry(segment))
         return View(parent, entries)
 
-    def start(self, lanes: Sequence[int], view: View) -> None:
+    def start(self, lanes: Sequence[int], view: View, forks: tuple[View, ...]) -> None:
         """Each lane gets an open segment of one token, and the pages for its horizon."""
         for lane in lanes:
             segment = Segment(self.pool, view.total_tokens)
             segment.append([0])
-            while len(segment.pages) * PAGE_SIZE < 1 + HORIZON:
-                segment.pages.append(self.pool.allocate(segment.pages[-1]))
-            self.rows[lane] = Row(view.hold(), segment)
+            self.rows[lane] = Row(view.hold(), segment, forks)
+            self.reserve(segment)
+
+    def reserve(self, segment: Segment) -> None:
+        """Pages for the horizon."""
+        while len(segment.pages) * PAGE_SIZE < segment.length + HORIZON:
+            segment.pages.append(self.pool.allocate(segment.pages[-1]))
 
     def finish(self, lane: int) -> None:
         """The lane's thread ends, and is joined by nobody."""
@@ -73,7 +79,24 @@ class Wave:
         if row is None:
             raise ValueError(f"lane {parent} is idle")
         row.segment.seal()
-        self.start(lanes, View(row.view, [Entry(row.segment)]))
+        view = View(row.view, [Entry(row.segment)])
+        self.start(lanes, view, (*row.forks, view))
+
+    def join(self, parent: int, lanes: Sequence[int]) -> None:
+        """The branches in `lanes` are stitched, and their parent goes on in one lane."""
+        rows = [row for row in (self.rows[lane] for lane in lanes) if row is not None]
+        for lane, row in zip(lanes, rows, strict=True):
+            row.segment.seal()
+            self.rows[lane] = None
+        view = View(rows[0].view, [Entry(row.segment) for row in rows])
+        self.start([parent], view, rows[0].forks[:-1])
+
+    def extend(self) -> None:
+        """Every lane has written what it had pages for."""
+        for row in self.rows:
+            if row is not None:
+                row.segment.append([0] * HORIZON)
+                self.reserve(row.segment)
 
     def plan(self) -> Planned:
         """Plan the lanes as they are."""
@@ -89,7 +112,8 @@ def joins(lanes: int) -> Wave:
     root = wave.link(None, 100)
     each = (SEGMENTS - 100 - LANES) // 8
     for group in range(8):
-        wave.start(range(group * lanes // 8, (group + 1) * lanes // 8), wave.link(root, each))
+        view = wave.link(root, each)
+        wave.start(range(group * lanes // 8, (group + 1) * lanes // 8), view, (root, view))
     return wave
 
 
@@ -101,17 +125,17 @@ def loops(lanes: int) -> Wave:
         view = root
         for _ in range((SEGMENTS - 100 - LANES) // LANES + 1):
             view = wave.link(view, 1)
-        wave.start([lane], view)
+        wave.start([lane], view, (root,))
     return wave
 
 
 def chain(lanes: int) -> Wave:
-    """Lanes at the end of a long chain of links."""
+    """Branches of one fork, at the end of a long chain of links."""
     wave = Wave()
-    view: View | None = None
+    view = wave.link(None, 1)
     for _ in range(SEGMENTS - LANES - 1):
         view = wave.link(view, 1)
-    wave.start(range(lanes), wave.link(view, 1))
+    wave.start(range(lanes), view, (view,))
     return wave
 
 
@@ -146,18 +170,24 @@ def main() -> None:
             if row is None or row.view is None:
                 raise SystemExit("an idle lane")
             # The next finish is again one of 64 lanes.
-            wave.start([lane], row.view)
+            wave.start([lane], row.view, row.forks)
             planned = wave.plan()
         report(f"finish, {shape.__name__}", planned, elapsed)
-        elapsed = []
+        forks, joined, extended = [], [], []
         for _ in range(max(3, options.repeats // 4)):
-            wave = shape(LANES - FORK)
+            wave = shape(LANES - FORK + 1)
             wave.plan()
-            lanes = [lane for lane, row in enumerate(wave.rows) if row is None][:FORK]
             parent = next(lane for lane, row in enumerate(wave.rows) if row is not None)
-            elapsed.append(timed(lambda wave=wave, at=parent, to=lanes: (wave.fork(at, to), wave.plan())))  # type: ignore[misc]
+            lanes = [parent, *(lane for lane, row in enumerate(wave.rows) if row is None)][:FORK]
+            forks.append(timed(lambda wave=wave, at=parent, to=lanes: (wave.fork(at, to), wave.plan())))  # type: ignore[misc]
+            of_fork = wave.plan()
+            extended.append(timed(lambda wave=wave: (wave.extend(), wave.plan())))  # type: ignore[misc]
+            of_horizon = wave.plan()
+            joined.append(timed(lambda wave=wave, at=parent, of=lanes: (wave.join(at, of), wave.plan())))  # type: ignore[misc]
             planned = wave.plan()
-        report(f"fork of {FORK}, {shape.__name__}", planned, elapsed)
+        report(f"fork of {FORK}, {shape.__name__}", of_fork, forks)
+        report(f"horizon, {shape.__name__}", of_horizon, extended)
+        report(f"join of {FORK}, {shape.__name__}", planned, joined)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def rope_append_kernel(
     q = tl.load(q_at, mask=q_ok, other=0.0)
     if Q_NORM:
         exact = q.to(tl.float32)
-        scale = 1.0 / tl.sqrt_rn(tl.sum(exact * exact, 1) / HEAD_DIM + eps)
+        q_scale = 1.0 / tl.sqrt_rn(tl.sum(exact * exact, 1) / HEAD_DIM + eps)
         weight = tl.load(q_norm_ptr + wide, mask=wide_ok, other=0.0).to(tl.float32)
-        q = (exact * scale[:, None] * weight[None, :]).to(q.dtype)
+        q = (exact * q_scale[:, None] * weight[None, :]).to(q.dtype)
     out_at = out_ptr + (row * (NUM_KV_HEADS * GROUP) + query_head)[:, None] * HEAD_DIM + wide[None, :]
     tl.store(out_at, q, mask=q_ok)
 

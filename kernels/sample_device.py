@@ -38,7 +38,7 @@ def sample(
     holds NaN or +inf, or where the temperature is negative or not finite: what `draw` raises for.
     The op `anabranch::sample`: Triton on a GPU, `sample_torch` on a CPU.
     Raises ValueError for a shape, dtype or layout that is not supported.
-    Laws: a row's results depend on its own row alone, not on n, the launch or the device's tiling: sums are of integers.
+    Laws: a row's results depend on its own row alone, not on n, the launch or its tiling: sums are of integers.
     On a GPU a share of the probability that decides top-p's cut may differ by 4e-6 of the whole from `draw`'s, which
     adds fp32 numbers in another order and takes another exponential; all else is the same but for the last bit of a
     logarithm, which after rounding to fp32 differs once in about 2^28.

@@ -117,7 +117,7 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: 
 TASK_PAGES = 0  # where in `task_pages` the chunk's pages begin
 TASK_LENGTH = 1  # the slots it spans: of every page all, but for the last
 TASK_SEGMENT = 2  # index into `segment_length` of the segment that still grows, or -1
-TASK_FIRST = 3  # where the chunk begins in that segment
+TASK_FIRST = 3  # where the chunk begins in that segment; below 0 where other keys of its row come first
 TASK_ROWS = 4  # where in `task_rows` its rows begin
 TASK_NUM_ROWS = 5
 TASK_PART = 6  # the partial state of its first row; the others follow
@@ -181,7 +181,10 @@ def segment_attention_torch(
     tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
     segment_length: Tensor, num_parts: int, scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The definition of `segment_attention`: each task's keys are gathered, and attended to in fp32."""
+    """The definition of `segment_attention`: each task's keys are gathered, and attended to in fp32.
+
+    Rows are padded to what a tile holds, as in the kernel, so that a row's bits do not depend on the others of its task.
+    """
     _, num_heads, head_dim = q.shape
     out = q.new_zeros(num_parts, num_heads, head_dim, dtype=torch.float32)
     lse = q.new_full((num_parts, num_heads), float("-inf"), dtype=torch.float32)
@@ -197,8 +200,8 @@ def segment_attention_torch(
         visible = torch.ones(num_rows, len(position), dtype=torch.bool)
         if window:
             visible = angle[:, None] - position[None, :] < window
-        found = attention_torch(rotated, keys, values, visible, scale=scale)
-        out[part : part + num_rows], lse[part : part + num_rows] = found
+        states, sums = attention_torch(rotated, keys, values, visible, scale=scale)
+        out[part : part + num_rows], lse[part : part + num_rows] = states[:num_rows], sums[:num_rows]
     return out, lse
 
 

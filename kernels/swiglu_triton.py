@@ -21,16 +21,16 @@ NUM_WARPS = 4
 
 
 @jit
-def swiglu_kernel(gate_up_ptr, gate_up_stride_row, out_ptr, size, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up_ptr, gate_up_stride_row, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """One program a (row, block of columns), as `swiglu_packed_torch` defines it. The output is contiguous."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < size
+    ok = at < SIZE
     from_row = gate_up_ptr + row * gate_up_stride_row + at
     gate = tl.load(from_row, mask=ok, other=0.0).to(tl.float32)
-    up = tl.load(from_row + size, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(from_row + SIZE, mask=ok, other=0.0).to(tl.float32)
     gated = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + row * size + at, gated.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + row * SIZE + at, gated.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def launch_swiglu(kernel: Any, gate_up: Tensor, out: Tensor) -> None:
@@ -40,19 +40,22 @@ def launch_swiglu(kernel: Any, gate_up: Tensor, out: Tensor) -> None:
     """
     num_rows, size = out.shape
     if num_rows:
-        kernel[(num_rows, -(-size // BLOCK))](gate_up, gate_up.stride(0), out, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        kernel[(num_rows, -(-size // BLOCK))](
+            gate_up, gate_up.stride(0), out, SIZE=size, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
 
 
 SHIPPED = tuple(
     Config(
-        f"swiglu-{pointer(dtype)[1:]}",
+        f"swiglu-{pointer(dtype)[1:]}-{size}",
         swiglu_kernel,
-        {"gate_up_ptr": pointer(dtype), "gate_up_stride_row": "i32", "out_ptr": pointer(dtype), "size": "i32"},
-        {"BLOCK": BLOCK},
+        {"gate_up_ptr": pointer(dtype), "gate_up_stride_row": "i32", "out_ptr": pointer(dtype)},
+        {"SIZE": size, "BLOCK": BLOCK},
         NUM_WARPS,
         num_stages=3,
         matrix="none",
     )
+    for size in (1536, 3072, 14336)
     for dtype in DTYPES
 )
-"""What `swiglu_packed` may launch."""
+"""Sizes of published models; any other is compiled on first use."""

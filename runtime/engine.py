@@ -32,6 +32,7 @@ from anabranch.runtime.attention import Block, StepAttention
 from anabranch.runtime.attention_fixed import FixedAttention
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context, Row
+from anabranch.runtime.device import Device, PagedStore, StepOnDevice
 from anabranch.runtime.events import BranchEnded, Event, GenEnded, LogitsRow, Path, RunEnded, Status, TextDelta
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.joins import Ended
@@ -40,6 +41,7 @@ from anabranch.runtime.pages import Entry, KvStore, PagePool, Segment, View
 from anabranch.runtime.recorder import Recorder
 from anabranch.runtime.replay import Log, LogEntry, Replay
 from anabranch.runtime.tasks import BranchStopped, Draw, Feed, ForkState, Reserve, Rows, Score, Spawn, Task, child_names
+from anabranch.runtime.waves import Drawn, LaneStep, Waves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,8 @@ class EngineConfig:
         bit for bit whatever else runs. Raises PlanError `not-deterministic` where this machine cannot keep that
     trace_logits: keep the logits that each token was drawn from (tests; a row is as large as the vocabulary)
     prefix_cache: keep the pages of finished prompts for later runs
+    run_ahead: on a device, decode steps that may be under way while the host handles what came before; tokens do not
+        depend on it
     preempt: what becomes of a thread that started on expected need when the pool runs out: its keys and values go to
         host memory and come back bit for bit (`swap`), or are computed again from its tokens (`recompute`). Under
         `never` a thread starts only when its worst case is reserved, and lanes may stand empty
@@ -66,6 +70,7 @@ class EngineConfig:
     deterministic: bool = False
     trace_logits: bool = False
     prefix_cache: bool = True
+    run_ahead: int = 1
     preempt: Literal["swap", "recompute", "never"] = "swap"
 
 
@@ -244,12 +249,14 @@ class Engine:
     ) -> None:
         """policy: who gets a lane, and who is preempted
         recorder: writes down what is done, as a schedule that can be verified
+
+        Raises ValueError for a model on a device whose kernels do not support it, or its page size.
         """
         self.model = model
         self.policy = policy
         self.config = config or EngineConfig()
         decoder = model.decoder
-        if self.config.deterministic:
+        if self.config.deterministic and decoder.packed:
             decoder.fixed_shapes()
         shape = decoder.config
         pages = self.config.pages
@@ -269,8 +276,22 @@ class Engine:
         if recorder is not None:
             recorder.attach(self.machine, deterministic=self.config.deterministic)
             self.pool.recorder = recorder
-        self.store = KvStore(self.pool, shape.num_layers, shape.num_kv_heads, shape.head_dim, decoder.dtype)
         self.tokenizer = model.tokenizer
+        self.device: Device | None = None
+        self.waves: Waves | None = None
+        self.store: KvStore | PagedStore
+        if decoder.packed:
+            self.store = KvStore(self.pool, shape.num_layers, shape.num_kv_heads, shape.head_dim, decoder.dtype)
+        else:
+            self.device = Device(
+                decoder,
+                self.pool,
+                lanes=self.config.lanes,
+                chunk=self.config.chunk,
+                deterministic=self.config.deterministic,
+            )
+            self.store = self.device.store
+            self.waves = self._new_waves(self.device)
         self.chat = model.chat
         self.constraints = Constraints(model.tokenizer)
         self.sizes = ModelSizes(model.tokenizer, model.chat)
@@ -534,7 +555,7 @@ class Engine:
 
     def logprob(self, logits: Tensor, token: int) -> float:
         """Natural log of the probability of `token` under one row of logits, unmasked, at temperature 1."""
-        return float(logprob(logits[None], torch.tensor([token]))[0])
+        return float(logprob(logits[None].cpu(), torch.tensor([token]))[0])
 
     def is_blank(self, context: Context) -> bool:
         """Whether nothing stands in `context` but perhaps a start token."""
@@ -568,6 +589,26 @@ class Engine:
             self.recorder.give_up(reason)
         self.scheduler = self._new_scheduler()
         self.pool = PagePool(self.machine.pages, self.machine.page_size)
+        if self.device is not None and self.waves is not None:
+            self.waves.leave()
+            self.device.forget()
+
+    def _new_waves(self, device: Device) -> Waves:
+        engine = weakref.ref(self)
+
+        def num_free() -> int:
+            found = engine()
+            return 0 if found is None else found._num_free()
+
+        return Waves(
+            device,
+            lanes=self.config.lanes,
+            vocab_size=self.model.decoder.config.vocab_size,
+            end_tokens=sorted(self.tokenizer.eos_ids),
+            run_ahead=self.config.run_ahead,
+            num_free=num_free,
+            keeps_reads=self.recorder is not None,
+        )
 
     def _new_scheduler(self) -> Scheduler:
         # An engine is large, and goes with its last owner: nothing that it holds may hold it.
@@ -940,6 +981,8 @@ class Engine:
         wanted: list[int] = []
         takers: list[tuple[_Work, Context, bool]] = []
         ready: list[tuple[_Work, Context]] = []
+        waved: list[tuple[_Work, Context, LaneStep]] = []
+        wave_kinds: list[recording.Kinds] = []
         for thread, count in step.feeds:
             work = self._work[thread]
             last = count == thread.feed
@@ -957,20 +1000,37 @@ class Engine:
         for thread in step.draws:
             work = self._work[thread]
             context = work.queue[0]
-            if context.unfed:
+            if self._on_device(work, context):
+                wave_kinds.append(self._feed_lane(work, context, waved))
+            elif context.unfed:
                 kinds.append(self._feed(work, context, len(context.unfed), blocks, tokens))
                 owners.append(work.task.run)
                 wanted.append(len(tokens) - 1)
                 takers.append((work, context, True))
             else:
                 ready.append((work, context))
+        drawn = self.waves.step([lane for *_, lane in waved]) if self.waves is not None and waved else []
+        if drawn is None:
+            # They see more than the lists of a wave hold: a step of its own has lists of any size.
+            for (work, context, lane), kind in zip(waved, wave_kinds, strict=True):
+                blocks.append(lane.block)
+                kinds.append(kind)
+                owners.append(work.task.run)
+                tokens.append(lane.token)
+                wanted.append(len(tokens) - 1)
+                takers.append((work, context, True))
+            waved, drawn = [], []
         sampling: list[tuple[_Work, Context, Tensor]] = []
         for work, context in ready:
             assert context.logits is not None
             sampling.append((work, context, context.logits))
         attention = self._attention(blocks)
         if self.recorder is not None:
-            self._record_call(step, blocks, kinds, attention)
+            reads = [*attention.reads(), *(came.reads for came in drawn)]
+            lanes = [lane.block for *_, lane in waved]
+            self._record_call(step, [*blocks, *lanes], [*kinds, *wave_kinds[: len(waved)]], reads)
+        for work, _, _ in waved:
+            work.task.run.counts["rows"] += 1
         if blocks:
             logits = self._forward(attention, blocks, owners, tokens, wanted)
             for row, (work, context, draws) in enumerate(takers):
@@ -988,8 +1048,10 @@ class Engine:
                 run.counts["steps"] += 1
         if sampling:
             self._sample(sampling)
+        for (work, context, _), came in zip(waved, drawn, strict=True):
+            self._take_lane(work, context, came)
         done = dict.fromkeys(self.scheduler.advance(step))
-        for work, _, _ in sampling:
+        for work, _, _ in (*sampling, *waved):
             if work.draw is not None and work.draw.generation.done:
                 thread = _thread(work.task)
                 self.scheduler.stop(thread)
@@ -1029,8 +1091,41 @@ class Engine:
                 kinds.append((kind, 1))
         return tuple(kinds)
 
-    def _attention(self, blocks: Sequence[Block]) -> StepAttention | FixedAttention:
+    def _on_device(self, work: _Work, context: Context) -> bool:
+        """Whether the device draws the next token by itself."""
+        if self.waves is None or work.draw is None or len(context.unfed) != 1:
+            return False
+        return self.waves.takes(work.draw, context.segment)
+
+    def _feed_lane(
+        self, work: _Work, context: Context, waved: list[tuple[_Work, Context, LaneStep]]
+    ) -> recording.Kinds:
+        """Take the row of a lane that the device steps; returns its kinds."""
+        blocks: list[Block] = []
+        tokens: list[int] = []
+        kinds = self._feed(work, context, 1, blocks, tokens)
+        assert work.draw is not None
+        task = work.task
+        waved.append((work, context, LaneStep(work.draw, blocks[0], tokens[0], task.drawn, task.drawn_ids)))
+        return kinds
+
+    def _take_lane(self, work: _Work, context: Context, row: Drawn) -> None:
+        """Push what the device drew."""
+        assert work.draw is not None
+        generation = work.draw.generation
+        if row.token >= 0:
+            self._take(work.task, context, work.draw, row.token, row.logprob, row.logits)
+            return
+        generation.mask()
+        if not generation.done:
+            raise ValueError(f"the logits of {'/'.join(work.task.path)} are not finite")
+        context.logits = row.logits.clone()
+
+    def _attention(self, blocks: Sequence[Block]) -> StepAttention | FixedAttention | StepOnDevice:
         decoder = self.model.decoder
+        if self.device is not None:
+            return self.device.step(blocks)
+        assert isinstance(self.store, KvStore)
         if not self.config.deterministic:
             return StepAttention(self.store, decoder.config, blocks, decoder.dtype)
         return FixedAttention(self.store, decoder.config, blocks, decoder.dtype, decoder.fixed_shapes())
@@ -1040,11 +1135,11 @@ class Engine:
         step: Step,
         blocks: Sequence[Block],
         kinds: Sequence[recording.Kinds],
-        attention: StepAttention | FixedAttention,
+        row_reads: Sequence[Sequence[tuple[int, int, int]]],
     ) -> None:
         assert self.recorder is not None
         seats = dict.fromkeys(self._work[t].task.number for t in (*(t for t, _ in step.feeds), *step.draws))
-        reads = iter(attention.reads())
+        reads = iter(row_reads)
         noted = tuple(
             recording.Block(
                 -1 if block.owner is None else block.owner,
@@ -1060,7 +1155,7 @@ class Engine:
 
     def _forward(
         self,
-        attention: StepAttention | FixedAttention,
+        attention: StepAttention | FixedAttention | StepOnDevice,
         blocks: Sequence[Block],
         owners: Sequence[Run],
         tokens: Sequence[int],
@@ -1072,6 +1167,8 @@ class Engine:
             raise RuntimeError(f"{len(tokens)} tokens for {attention.num_rows} rows")
         for run, block in zip(owners, blocks, strict=True):
             run.counts["rows"] += block.count
+        if isinstance(attention, StepOnDevice):
+            return attention.logits(tokens, wanted)
         return decoder.forward(
             torch.tensor(tokens, dtype=torch.int64),
             attention.positions,
@@ -1094,7 +1191,8 @@ class Engine:
         if not able:
             return
         draws = [request for _, _, request, _, _ in able]
-        logits = torch.stack([row for _, _, _, row, _ in able])
+        # The host's draw and its masks; what a device decodes by itself it draws by itself.
+        logits = torch.stack([row for _, _, _, row, _ in able]).cpu()
         tokens = self._draw(logits, draws, [mask for *_, mask in able], [task for task, *_ in able])
         wants = [i for i, request in enumerate(draws) if request.wants_logprobs]
         found: dict[int, float] = {}
@@ -1108,7 +1206,7 @@ class Engine:
     def _take(self, task: Task, context: Context, request: Draw, token: int, log: float, row: Tensor) -> None:
         run = task.run
         if self.config.trace_logits:
-            run.logits.append(LogitsRow(task.path, task.drawn, row.clone(), token))
+            run.logits.append(LogitsRow(task.path, task.drawn, row.cpu().clone(), token))
         request.generation.push(token, log)
         task.drawn += 1
         task.spent += 1

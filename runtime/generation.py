@@ -80,6 +80,11 @@ class Generation:
             self._finish("complete", 0)
 
     @property
+    def constraint(self) -> Constraint | None:
+        """The type's, where it is at; None for text."""
+        return self._constraint
+
+    @property
     def drawn(self) -> int:
         """How many tokens were drawn, the end-of-turn token included."""
         return len(self._tokens)

@@ -50,7 +50,7 @@ class Decoder:
         the peak at one copy of the model
     dtype: torch.float32 or torch.float64, which `forward` computes in; torch.float16 and torch.bfloat16 for a device
     device: where the weights go
-    pack: False keeps them plain, for the kernels of a device's executor
+    pack: for a CPU's own linears; False keeps the weights plain, for kernels that read them
     Raises PlanError `bad-model` naming a tensor that is missing or of the wrong shape.
     """
 
@@ -69,6 +69,7 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self.device = torch.device(device)
+        self.packed = pack
         self._fixed_shapes: dict[int, FixedShapes] = {}
         take = _Taker(weights, dtype, self.device, name)
         vocab, hidden = config.vocab_size, config.hidden_size

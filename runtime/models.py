@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from anabranch.dsl.diagnostics import Diagnostic, PlanError, did_you_mean
 from anabranch.runtime import smollm2
@@ -37,30 +39,35 @@ class LoadedModel:
     fingerprint: str
 
 
-def load(name: str, *, dtype: torch.dtype = torch.float32, template: str | None = None) -> LoadedModel:
+def load(
+    name: str, *, dtype: torch.dtype = torch.float32, template: str | None = None, device: str | None = None
+) -> LoadedModel:
     """Load a model by the name that `--model` takes.
 
     name: `smollm2`; `random` or `random:SEED`; a folder in Hugging Face's layout; a `.gguf` file; or `ORG/NAME`
-    dtype: what to compute in, torch.float32 or torch.float64
+    dtype: what to compute in: torch.float32 or torch.float64; on a device torch.float32, torch.float16, torch.bfloat16
     template: None for the model's own chat template, `raw` for none
-    Raises PlanError `no-model` (there is none of that name here), `bad-model` (broken or not supported) or
-    `bad-template`.
+    device: `cuda` or `cuda:N`, where an engine runs it by the kernels; `cpu` does the same by their torch definitions,
+        slowly, to try it; None for the engine's own way on a CPU
+    Raises PlanError `no-model` (there is none of that name here), `bad-model` (broken or not supported),
+    `bad-template`, or `no-device` (there is no such device here).
     """
+    place = _Place(dtype, _device(device))
     if template not in (None, "raw"):
         raise PlanError(Diagnostic("bad-template", f"there is no chat template `{template}`", help="`--template raw`"))
     if name == "random" or name.startswith("random:"):
-        return _load_random(name, dtype, template)
+        return _load_random(name, place, template)
     if name == "smollm2":
-        return _load_folder(smollm2.folder(), name, dtype, template)
+        return _load_folder(smollm2.folder(), name, place, template)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _load_folder(path, name, dtype, template)
+        return _load_folder(path, name, place, template)
     if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, name, dtype, template)
+        return _load_gguf(path, name, place, template)
     if path.is_file():
         raise bad_model(name, "it is a file, not a folder or a `.gguf` file")
     if _HUB_NAME.fullmatch(name):
-        return _load_folder(_fetch_from_hub(name), name, dtype, template)
+        return _load_folder(_fetch_from_hub(name), name, place, template)
     raise PlanError(
         Diagnostic(
             "no-model",
@@ -70,27 +77,55 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, template: str | None 
     )
 
 
-def _load_random(name: str, dtype: torch.dtype, template: str | None) -> LoadedModel:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a decoder goes. device: None for the engine's own way on a CPU."""
+
+    dtype: torch.dtype
+    device: torch.device | None
+
+    def decoder(self, config: ModelConfig, weights: Mapping[str, Tensor], name: str) -> Decoder:
+        where = torch.device("cpu") if self.device is None else self.device
+        return Decoder(config, weights, dtype=self.dtype, device=str(where), name=name, pack=self.device is None)
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+        return device
+    raise PlanError(
+        Diagnostic(
+            "no-device", f"there is no device `{name}` here", help="`cuda` needs an NVIDIA or AMD GPU and torch for it"
+        )
+    )
+
+
+def _load_random(name: str, place: _Place, template: str | None) -> LoadedModel:
     text = name.partition(":")[2] or "0"
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise PlanError(Diagnostic("no-model", f"`{text}` is no seed for the random model", help="`random:SEED`"))
     tokenizer = byte_tokenizer()
     config = random_config(tokenizer)
-    decoder = Decoder(config, random_weights(config, tokenizer, int(text)), dtype=dtype, name=name)
+    decoder = place.decoder(config, random_weights(config, tokenizer, int(text)), name)
     return _loaded(decoder, tokenizer, name, template, f"random {int(text)} {config}".encode())
 
 
-def _load_folder(folder: Path, name: str, dtype: torch.dtype, template: str | None) -> LoadedModel:
+def _load_folder(folder: Path, name: str, place: _Place, template: str | None) -> LoadedModel:
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    decoder = Decoder(config, SafetensorsFolder(folder), dtype=dtype, name=str(folder))
+    decoder = place.decoder(config, SafetensorsFolder(folder), str(folder))
     files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jinja", ".safetensors")]
     return _loaded(decoder, tokenizer, name, template, b"".join(map(_sample, files)))
 
 
-def _load_gguf(path: Path, name: str, dtype: torch.dtype, template: str | None) -> LoadedModel:
+def _load_gguf(path: Path, name: str, place: _Place, template: str | None) -> LoadedModel:
     file = GgufFile(path)
-    decoder = Decoder(file.config, file, dtype=dtype, name=name)
+    decoder = place.decoder(file.config, file, name)
     return _loaded(decoder, Tokenizer.from_gguf(file), name, template, _sample(path))
 
 

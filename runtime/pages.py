@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -223,7 +223,7 @@ class Segment:
             self.pool.release(self.pages)
             self.pages = []
 
-    def swap_out(self, store: KvStore) -> None:
+    def swap_out(self, store: Store) -> None:
         """The content goes to host memory, and the pages go back."""
         if self.sealed or self.swapped is not None or not self.pages:
             raise RuntimeError("only an open segment that holds pages is swapped out")
@@ -233,7 +233,7 @@ class Segment:
         self.pool.release(self.pages)
         self.pages = []
 
-    def swap_in(self, store: KvStore) -> None:
+    def swap_in(self, store: Store) -> None:
         """The content comes back, bit for bit, into pages that may be others."""
         if self.swapped is None:
             raise RuntimeError("a segment that was not swapped out is swapped in")
@@ -433,6 +433,18 @@ class PrefixCache:
 
 Saved: TypeAlias = list[tuple[Tensor, Tensor]]
 """Keys and values of a segment's tokens, layer by layer: each [num_kv_heads, num_tokens, head_dim]."""
+
+
+class Store(Protocol):
+    """The keys and values behind the pool's slots."""
+
+    def save(self, segment: Segment) -> Saved:
+        """A copy of what `segment` holds, in host memory."""
+        ...
+
+    def restore(self, segment: Segment, saved: Saved) -> None:
+        """Write what `save` gave to the slots that `segment` has now."""
+        ...
 
 
 class KvStore:

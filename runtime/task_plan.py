@@ -1,17 +1,20 @@
 """From the views of a wave to the flat task and row lists that `segment_attention` and `merge_parts` run over.
 
-A *run* is what the same rows always see together: the entries of one link of the view chain, or the open segment of one
-row. Its keys are cut into chunks: each segment at multiples of a constant number of tokens, and what is left of
-neighbours under one shift goes together while it fits, so that a join of many short branches is not as many partial
-states. A row's split points thus depend on its own view alone; balance comes from the order of the tasks, longest
-first. Runs and chunks are laid out once, when they are first seen; a plan then is a few sorts and sums over (row, run)
-pairs.
+A *run* is what the same rows always see together. A row's view is cut where its ancestors stand: the view that each
+handed to a fork that is still open is where all the branches of that fork start, so what lies between two such cuts is
+seen as a whole or not at all. What lies behind the last cut nobody else sees; it is one run with the row's open
+segment. The pages of a run follow one another, whatever segments they belong to, and are cut into chunks of a constant
+number of pages, and where the shift changes: so many short segments, side by side or one after another, are not as many
+partial states. A row's split points thus depend on its own view and ancestors alone, and not on how its first tokens
+came from the prefix cache; balance comes from the order of the tasks, longest first. Runs and chunks are laid out once,
+when they are first seen; a plan then is a few sorts and sums over (row, run) pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,9 +26,11 @@ from anabranch.kernels.segment_attention import (
     TASK_FIELDS,
     TASK_LENGTH,
     TASK_NUM_ROWS,
+    TASK_PAGES,
     TASK_PART,
     TASK_ROWS,
     TASK_SEGMENT,
+    TASK_SHIFT,
 )
 from anabranch.runtime.pages import Entry, Segment, View
 
@@ -41,10 +46,16 @@ Runs: TypeAlias = npt.NDArray[np.int16]
 
 
 class Row(NamedTuple):
-    """One lane of the wave. view: its sealed segments; segment: the open one that its tokens go to."""
+    """One lane of the wave.
+
+    view: its sealed segments; segment: the open one that its tokens go to
+    forks: where its ancestors stand, outermost first: of each fork that it is a branch of, from the last `fresh` one
+        on, the view that was handed to the branches; links of `view`. Rows share what they see up to a common one.
+    """
 
     view: View | None
     segment: Segment
+    forks: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +147,8 @@ class TaskPlanner:
         self._run_first = np.zeros(self._max_runs, dtype=np.int64)
         self._run_chunks = np.zeros(self._max_runs, dtype=np.int64)
         self._num_runs = self._num_chunks = self._num_pages = 0
+        no_pages = np.zeros(0, dtype=np.int32)
+        self._nothing = _Piece((), np.zeros((0, TASK_FIELDS), dtype=np.int32), no_pages, no_pages, 0)
         self._forget()
 
     def plan(self, rows: Sequence[Row | None], horizon: int, into: TaskLists) -> Planned | Overflow:
@@ -242,178 +255,246 @@ class TaskPlanner:
                     f"too few for {horizon} more"
                 )
             own = self._open.get(segment.number)
-            if own is None or own.view is not row.view or own.pages != segment.pages:
-                own = self._lay_out_open(row, own)
+            if own is None or own.row.view is not row.view or own.row.forks != row.forks:
+                own = self._open[segment.number] = self._lay_out_open(row)
+            elif own.pages != segment.pages:
+                own = self._open[segment.number] = self._grow(own, row)
             found.append(own.runs)
         return found
 
-    def _lay_out_open(self, row: Row, old: _Open | None) -> _Open:
-        segment = row.segment
-        tokens = len(segment.pages) * self.page_size
-        count = -(-tokens // self.chunk_tokens)
-        if old is not None and old.slots.num_chunks == count:
-            slots = old.slots
-        else:
-            # Room for whole chunks: the pages that the segment comes to hold go in where it is.
-            slots = self._take(count, count * self._chunk_pages)
-        self._put(slots.page, segment, 0, tokens)
-        for number in range(count):
-            first = number * self.chunk_tokens
-            self._chunks[slots.chunk + number] = (
-                slots.page + number * self._chunk_pages, min(self.chunk_tokens, tokens - first), 0, first, 0, 0, 0, 0,
-            )  # fmt: skip
-        runs = np.append(self._chain(row.view), np.int16(slots.run))
-        own = self._open[segment.number] = _Open(row.view, list(segment.pages), slots, runs)
+    def _lay_out_open(self, row: Row) -> _Open:
+        """The runs of a row: those it shares, and its own."""
+        shared = self._shared(row.forks)
+        piece = self._piece(row.forks[-1] if row.forks else None, row.view)
+        if piece.shift:
+            # The open segment is seen as it is.
+            piece = self._closed(piece)
+        pages = row.segment.pages
+        tail = len(piece.pages)
+        count = -(-(tail + len(pages)) // self._chunk_pages)
+        # Room for whole chunks: the pages that the segment comes to hold go in where it is.
+        page = self._store(piece.pages, piece.starts, count * self._chunk_pages)
+        run = self._take(len(piece.chunks) + count)
+        chunk = int(self._run_first[run])
+        if len(piece.chunks):
+            self._chunks[chunk : chunk + len(piece.chunks)] = piece.chunks
+        own = _Open(
+            row, list(pages), tail, page, chunk + len(piece.chunks), count, np.append(shared, (*piece.runs, run))
+        )
+        self._put(own)
         return own
 
-    def _chain(self, view: View | None) -> Runs:
-        """The runs of the links from the root to `view`."""
-        if view is None:
-            return _NO_RUNS
-        known = self._chains.get(id(view))
-        if known is not None:
-            return known[1]
+    def _grow(self, old: _Open, row: Row) -> _Open:
+        """The open segment has other pages."""
+        pages = row.segment.pages
+        if -(-(old.tail + len(pages)) // self._chunk_pages) != old.num_chunks:
+            return self._lay_out_open(row)
+        own = old._replace(pages=list(pages))
+        self._put(own)
+        return own
+
+    def _put(self, own: _Open) -> None:
+        """Write the pages and chunks of an open segment to where it is laid out."""
+        size, num_pages = self.page_size, len(own.pages)
+        begin, end = own.page + own.tail, own.page + own.tail + num_pages
+        self._pages[begin:end] = self._addresses(own.pages)
+        start = own.row.segment.start
+        self._page_start[begin:end] = np.arange(start, start + num_pages * size, size)
+        for number in range(own.num_chunks):
+            page = own.page + number * self._chunk_pages
+            # A segment whose first chunk begins with sealed keys begins before itself.
+            self._chunks[own.chunk + number] = (
+                page, min(self.chunk_tokens, (end - page) * size), 0, (page - begin) * size, 0, 0, 0, 0,
+            )  # fmt: skip
+
+    def _shared(self, forks: tuple[View, ...]) -> Runs:
+        """The runs from the root to the last of `forks`, which all the branches of that fork see."""
+        known = self._chains.get(forks)
+        if known is None:
+            found: list[int] = []
+            for below, view in pairwise((None, *forks)):
+                piece = self._piece(below, view)
+                found += piece.runs
+                run = self._sealed.get((below, view))
+                if run is None and (len(piece.chunks) or len(piece.pages)):
+                    chunks = self._closed(piece).chunks
+                    run = self._sealed[below, view] = self._take(len(chunks))
+                    first = int(self._run_first[run])
+                    self._chunks[first : first + len(chunks)] = chunks
+                if run is not None:
+                    found.append(run)
+            if len(self._chains) > 4 * self.capacity.rows:
+                self._chains.clear()
+            known = self._chains[forks] = np.asarray(found, dtype=np.int16)
+        return known
+
+    def _piece(self, below: View | None, view: View | None) -> _Piece:
+        """What `view` sees beyond `below`, cut into chunks. What is known of a link on the way is gone on from."""
+        piece = self._nothing
         links: list[View] = []
-        link: View | None = view
-        before = _NO_RUNS
-        while link is not None:
-            known = self._chains.get(id(link))
+        link = view
+        while link is not below:
+            if link is None:
+                raise ValueError("a fork is no link of its row's view")
+            known = self._pieces.get((below, link))
             if known is not None:
-                before = known[1]
+                piece = known
                 break
             links.append(link)
             link = link.parent
-        added = [run for one in reversed(links) for run in self._link(one)]
-        runs = np.concatenate((before, np.asarray(added, dtype=np.int16)))
-        if len(self._chains) > 4 * self.capacity.rows:
-            self._chains.clear()
-        self._chains[id(view)] = (view, runs)
-        return runs
+        if not links:
+            return piece
+        if link is None:
+            piece = self._root(links.pop())
+        piece = self._append(piece, (entry for one in reversed(links) for entry in one.entries))
+        self._pieces[below, view] = piece
+        return piece
 
-    def _link(self, link: View) -> tuple[int, ...]:
-        """The runs of one link: one, but at the root one a chunk.
+    def _root(self, link: View) -> _Piece:
+        """The piece of a root link. Roots may begin with the same cached pages: a full chunk of the same pages at the
+        same positions is one run, for all of them."""
+        if not link.entries:
+            return self._nothing
+        segment, shift = link.entries[0].segment, link.entries[0].shift
+        whole = segment.length // self.chunk_tokens
+        runs = []
+        for begin in range(0, whole * self._chunk_pages, self._chunk_pages):
+            pages = segment.pages[begin : begin + self._chunk_pages]
+            start = segment.start + begin * self.page_size
+            key = (start, shift, tuple(pages))
+            run = self._roots.get(key)
+            if run is None:
+                run = self._roots[key] = self._take(1)
+                starts = np.arange(start, start + self.chunk_tokens, self.page_size, dtype=np.int32)
+                page = self._store(self._addresses(pages), starts)
+                self._chunks[self._run_first[run]] = (page, self.chunk_tokens, -1, 0, 0, 0, 0, shift)
+            runs.append(run)
+        return self._append(self._nothing._replace(runs=tuple(runs)), link.entries, whole * self._chunk_pages)
 
-        Roots may hold the same cached pages: full chunks of the same pages at the same positions are one run.
-        """
-        known = self._links.get(id(link))
-        if known is not None:
-            return known[1]
-        chunks = list(self._cut(link.entries))
-        if link.parent is None:
-            found = tuple(self._root_run(chunk) for chunk in chunks)
-        else:
-            found = (self._lay_out(chunks),) if chunks else ()
-        self._links[id(link)] = (link, found)
-        return found
-
-    def _cut(self, entries: Sequence[Entry]) -> Iterator[_Chunk]:
-        """The chunks of a link, in order: those that one segment fills, and between them what is left of neighbours."""
-        pieces: list[_Piece] = []
-        shift = room = 0
-        for entry in entries:
-            segment = entry.segment
-            whole = segment.length - segment.length % self.chunk_tokens
-            left = segment.length - whole
-            num_pages = -(-left // self.page_size)
-            if pieces and (whole or entry.shift != shift or num_pages > room):
-                yield _Chunk(shift, pieces)
-                pieces = []
-            shift = entry.shift
-            for first in range(0, whole, self.chunk_tokens):
-                yield _Chunk(shift, [_Piece(segment, first, self.chunk_tokens)])
-            if left:
-                room = (room if pieces else self._chunk_pages) - num_pages
-                pieces.append(_Piece(segment, whole, left))
-        if pieces:
-            yield _Chunk(shift, pieces)
-
-    def _root_run(self, chunk: _Chunk) -> int:
-        segment, first, tokens = chunk.pieces[0]
-        if tokens < self.chunk_tokens:
-            return self._lay_out([chunk])
-        page = first // self.page_size
-        key = (segment.start + first, chunk.shift, tuple(segment.pages[page : page + self._chunk_pages]))
-        run = self._shared.get(key)
-        if run is None:
-            run = self._shared[key] = self._lay_out([chunk])
-        return run
-
-    def _lay_out(self, chunks: Sequence[_Chunk]) -> int:
-        """A new run of sealed keys."""
+    def _append(self, piece: _Piece, entries: Iterable[Entry], skipped: int = 0) -> _Piece:
+        """`piece`, and `entries` after it, but for the first `skipped` pages of the first."""
         size = self.page_size
-        slots = self._take(len(chunks), sum(-(-piece.tokens // size) for chunk in chunks for piece in chunk.pieces))
-        page = slots.page
-        for number, (shift, pieces) in enumerate(chunks, slots.chunk):
-            begin = page
-            for segment, first, tokens in pieces:
-                page = self._put(page, segment, first, tokens)
-            length = (page - begin) * size - -pieces[-1].tokens % size
-            self._chunks[number] = (begin, length, -1, 0, 0, 0, 0, shift)
-        return slots.run
+        for shift, group in groupby(entries, key=lambda entry: entry.shift):
+            if piece.shift != shift:
+                piece = self._closed(piece)._replace(shift=shift)
+            pages: list[int] = []
+            starts: list[int] = []
+            ends: list[int] = []
+            missing: list[int] = []
+            for entry in group:
+                segment = entry.segment
+                count = -(-segment.length // size)
+                first, skipped = skipped, 0
+                if first == count:
+                    continue
+                pages += segment.pages[first:count]
+                starts += range(segment.start + first * size, segment.start + count * size, size)
+                ends.append(len(pages) - 1)
+                missing.append(-segment.length % size)
+            addresses = self._addresses(pages)
+            addresses[ends] -= np.asarray(missing, dtype=np.int32)
+            piece = piece._replace(
+                pages=np.concatenate((piece.pages, addresses)),
+                starts=np.concatenate((piece.starts, np.asarray(starts, dtype=np.int32))),
+            )
+            piece = self._lay_out(piece, len(piece.pages) - len(piece.pages) % self._chunk_pages)
+        return piece
 
-    def _put(self, page: int, segment: Segment, first: int, tokens: int) -> int:
-        """Write the pages of a piece from `page` on; returns where they end."""
-        size = self.page_size
-        pages = np.asarray(segment.pages[first // size : -(-(first + tokens) // size)], dtype=np.int32)
-        if len(pages) and int(pages.max()) >= MAX_PAGES:
+    def _closed(self, piece: _Piece) -> _Piece:
+        """`piece` with its last chunk laid out, full or not."""
+        return self._lay_out(piece, len(piece.pages))
+
+    def _lay_out(self, piece: _Piece, num_pages: int) -> _Piece:
+        """`piece` with its first `num_pages` open pages laid out."""
+        if not num_pages:
+            return piece
+        pages = piece.pages[:num_pages]
+        at = self._store(pages, piece.starts[:num_pages])
+        first = np.arange(0, num_pages, self._chunk_pages)
+        stop = np.minimum(first + self._chunk_pages, num_pages)
+        chunks = np.zeros((len(first), TASK_FIELDS), dtype=np.int32)
+        chunks[:, TASK_PAGES] = at + first
+        chunks[:, TASK_LENGTH] = (stop - first - 1) * self.page_size + (pages[stop - 1] & _PAGE_TOKENS)
+        chunks[:, TASK_SEGMENT] = -1
+        chunks[:, TASK_SHIFT] = piece.shift
+        return piece._replace(
+            chunks=np.concatenate((piece.chunks, chunks)),
+            pages=piece.pages[num_pages:],
+            starts=piece.starts[num_pages:],
+        )
+
+    def _addresses(self, pages: Sequence[int]) -> Ints:
+        """Full pages as `task_pages` has them."""
+        found = np.asarray(pages, dtype=np.int32)
+        if len(found) and int(found.max()) >= MAX_PAGES:
             raise ValueError(f"page numbers stop at {MAX_PAGES}")
-        end = page + len(pages)
-        self._pages[page:end] = pages << PAGE_BITS | size
-        self._pages[end - 1] -= -tokens % size
-        self._page_start[page:end] = np.arange(segment.start + first, segment.start + first + tokens, size)
-        return end
+        return found << PAGE_BITS | self.page_size
 
-    def _take(self, num_chunks: int, num_pages: int) -> _Slots:
-        run, chunk, page = self._num_runs, self._num_chunks, self._num_pages
+    def _store(self, pages: Ints, starts: Ints, room: int = 0) -> int:
+        """Lay out `pages`, and leave room for `room` in all; returns where they are."""
+        at = self._num_pages
+        end = at + max(room, len(pages))
+        if end > self.capacity.pages:
+            raise _FullError(Overflow("pages", end, self.capacity.pages))
+        self._num_pages = end
+        self._pages[at : at + len(pages)] = pages
+        self._page_start[at : at + len(pages)] = starts
+        return at
+
+    def _take(self, num_chunks: int) -> int:
+        """A new run, of chunks that the caller writes from `_run_first` on."""
+        run, chunk = self._num_runs, self._num_chunks
         for what, needed, capacity in (
             ("chunks", chunk + num_chunks, self.capacity.chunks),
-            ("pages", page + num_pages, self.capacity.pages),
             ("runs", run + 1, self._max_runs),
         ):
             if needed > capacity:
                 raise _FullError(Overflow(what, needed, capacity))
-        self._num_runs, self._num_chunks, self._num_pages = run + 1, chunk + num_chunks, page + num_pages
+        self._num_runs, self._num_chunks = run + 1, chunk + num_chunks
         self._run_first[run] = chunk
         self._run_chunks[run] = num_chunks
-        return _Slots(run, chunk, num_chunks, page)
+        return run
 
     def _forget(self) -> None:
         self._num_runs = self._num_chunks = self._num_pages = 0
-        # By identity; what is known is held, so that an identity is not given to another view.
-        self._links: dict[int, tuple[View, tuple[int, ...]]] = {}
-        self._chains: dict[int, tuple[View, Runs]] = {}
-        self._shared: dict[tuple[int, int, tuple[int, ...]], int] = {}
+        # Views are equal to themselves alone, and stay what they are.
+        self._pieces: dict[tuple[View | None, View | None], _Piece] = {}
+        self._sealed: dict[tuple[View | None, View | None], int] = {}
+        self._chains: dict[tuple[View, ...], Runs] = {}
+        self._roots: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self._open: dict[int, _Open] = {}
 
 
 class _Piece(NamedTuple):
-    segment: Segment
-    first: int
-    tokens: int
+    """What is seen between two cuts.
 
+    runs: of the full chunks at a root, which come first
+    chunks: those that are laid out, as tasks without rows
+    pages, starts: of the last chunk, which is not: entries of `task_pages` and `page_start`
+    shift: of those
+    """
 
-class _Chunk(NamedTuple):
-    """The pieces of one chunk, seen under one shift."""
-
+    runs: tuple[int, ...]
+    chunks: Ints
+    pages: Ints
+    starts: Ints
     shift: int
-    pieces: list[_Piece]
-
-
-class _Slots(NamedTuple):
-    """Where a run is laid out. num_chunks: of `chunk` on."""
-
-    run: int
-    chunk: int
-    num_chunks: int
-    page: int
 
 
 class _Open(NamedTuple):
-    """The open segment of a row, as laid out. runs: of the view, then its own."""
+    """What is laid out for the open segment of a row.
 
-    view: View | None
+    pages: of the segment; tail: sealed pages before them
+    page, chunk: where the tail and the chunks that are not sealed begin; num_chunks: how many these are
+    runs: all that the row sees
+    """
+
+    row: Row
     pages: list[int]
-    slots: _Slots
+    tail: int
+    page: int
+    chunk: int
+    num_chunks: int
     runs: Runs
 
 
@@ -423,6 +504,7 @@ class _FullError(Exception):
         self.overflow = overflow
 
 
+_PAGE_TOKENS = (1 << PAGE_BITS) - 1
 _NO_RUNS: Runs = np.zeros(0, dtype=np.int16)
 _TRUE = np.ones(1, dtype=np.bool_)
 _ZERO = np.zeros(1, dtype=np.int64)

@@ -128,9 +128,12 @@ def make(
         for row in rows:
             views[row].append((slots, start, shift))
         for first in range(0, planned, chunk):
-            if packs and not first and tasks and tasks[-1][7] == shift and rows == last_rows and not is_open:
+            if packs and not first and tasks and tasks[-1][7] == shift and rows == last_rows:
                 # More pages for the task before: each of its pages says how much of it are keys.
-                tasks[-1][1] = (len(task_pages) - tasks[-1][0]) * page_size + planned
+                before = (len(task_pages) - tasks[-1][0]) * page_size
+                tasks[-1][1] = before + planned
+                if is_open:
+                    tasks[-1][2:4] = [rows[0], -before]
             else:
                 for group in range(0, len(rows), per_task):
                     members = rows[group : group + per_task]
@@ -289,6 +292,19 @@ def test_segments_in_one_task(window: int) -> None:
     for found, expected in zip(run_kernel(case), run_torch(case), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
     torch.testing.assert_close(run_kernel(case)[2], run_dense(case), rtol=0, atol=3e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("written", [0, 1, 16, 21])
+def test_sealed_keys_and_an_open_segment_in_one_task(written: int) -> None:
+    """A row's own sealed segments stand before its open one: all of theirs is read, and of that what is written."""
+    sealed: list[Segment] = [(19, 19, 0, 0, [1], False), (1, 1, 19, 0, [1], False)]
+    case = make([*sealed, (written, 32, 20, 0, [1], True)], num_rows=2, heads=(3, 1), chunk=128, packs=True)
+    assert int(case.num_tasks) == 1 and case.tasks[0, 3] == -48
+    for found, expected in zip(run_kernel(case), run_torch(case), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
+    case.views[0] = case.views[1]
+    torch.testing.assert_close(run_kernel(case)[2][1], run_dense(case)[1], rtol=0, atol=3e-6)
 
 
 @interpreted

@@ -21,10 +21,11 @@ HORIZON = 8
 
 @dataclass
 class Thread:
-    """A thread as the runtime keeps it: a view of sealed segments, and the open one."""
+    """A thread as the runtime keeps it: a view of sealed segments, the open one, and where its ancestors stand."""
 
     view: View | None
     segment: Segment
+    forks: tuple[View, ...] = ()
 
     @property
     def end(self) -> int:
@@ -65,7 +66,7 @@ class Forest:
         view = View(thread.view, [Entry(thread.segment)])
         branches = []
         for length in lengths:
-            branch = Thread(view, Segment(self.pool, thread.end))
+            branch = Thread(view, Segment(self.pool, thread.end), (*thread.forks, view))
             self.write(branch, length)
             branches.append(branch)
         at = self.threads.index(thread)
@@ -91,13 +92,13 @@ class Forest:
             if laid_end_to_end:
                 shift += branch.end - end
         at = self.threads.index(branches[0])
-        joined = Thread(View(view, entries), Segment(self.pool, reach))
+        joined = Thread(View(view, entries), Segment(self.pool, reach), branches[0].forks[:-1])
         self.write(joined, 1)
         self.threads[at : at + len(branches)] = [joined]
         return True
 
     def rows(self) -> list[Row | None]:
-        return [Row(t.view, t.segment) for t in self.threads]
+        return [Row(t.view, t.segment, t.forks) for t in self.threads]
 
 
 def pieces(row: Row) -> list[tuple[Segment, int]]:
@@ -134,27 +135,30 @@ def planner(rows_per_task: int, chunk: int = 32, page_size: int = 16, capacity: 
 def check(
     rows: list[Row | None], lists: TaskLists, planned: Planned, rows_per_task: int, chunk: int, size: int
 ) -> None:
-    """The lists say of every row, in view order, exactly the slots, shifts and positions that its view says; and each
-    token of a segment is read once for each group of rows that see it."""
-    parts: dict[int, tuple[int, list[tuple[int, int, int]], int]] = {}
+    """The lists say of every row, in view order, exactly the slots, shifts and positions that its view says, and where
+    its open segment's are in that; and each token of a segment is read once for each group of rows that see it."""
+    parts: dict[int, tuple[int, list[tuple[int, int, int, int]]]] = {}
     assert int(lists.num_tasks[0]) == planned.tasks
     tasks = lists.tasks[: planned.tasks].tolist()
     assert [t[1] for t in tasks] == sorted((t[1] for t in tasks), reverse=True)
     read: Counter[int] = Counter()
     for pages, length, segment, first, row_first, num_rows, part, shift in tasks:
-        assert 1 <= num_rows <= rows_per_task and 1 <= length <= chunk and first % chunk == 0
+        assert 1 <= num_rows <= rows_per_task and 1 <= length <= chunk
         assert row_first + num_rows <= planned.task_rows and pages + -(-length // size) <= planned.pages
         keys = []
-        for page in range(pages, pages + -(-length // size)):
-            number, tokens = divmod(int(lists.task_pages[page]), 2**PAGE_BITS)
-            at = int(lists.page_start[page])
-            keys += [(number * size + i, shift, at + i) for i in range(min(tokens, length - (page - pages) * size))]
-        read.update(slot for slot, _, _ in keys)
+        for index in range(length):
+            number, tokens = divmod(int(lists.task_pages[pages + index // size]), 2**PAGE_BITS)
+            if index % size < tokens:
+                at = int(lists.page_start[pages + index // size]) + index % size
+                # The device compares this with how much of the open segment is written; sealed keys come before it.
+                token = max(-1, first + index) if segment >= 0 else -1
+                keys.append((number * size + index % size, shift, at, token))
+        read.update(slot for slot, *_ in keys)
         for offset in range(num_rows):
             row = int(lists.task_rows[row_first + offset])
             assert segment in (-1, row)
             assert part + offset not in parts
-            parts[part + offset] = (row, keys, first if segment >= 0 else -1)
+            parts[part + offset] = (row, keys)
     assert sorted(parts) == list(range(planned.parts))
     expected: dict[int, set[int]] = {}
     for number, row in enumerate(rows):
@@ -164,17 +168,26 @@ def check(
             continue
         seen = [parts[part] for part in of_row]
         assert {s[0] for s in seen} == {number}
-        found = [key for _, keys, _ in seen for key in keys]
+        found = [key for _, keys in seen for key in keys]
         wanted = []
         for segment, shift in pieces(row):
             length = segment.length if segment.sealed else len(segment.pages) * size
-            wanted += [(segment.slot(i), shift, segment.start + i) for i in range(length)]
             for i in range(length):
+                token = i if segment is row.segment else -1
+                wanted.append((segment.slot(i), shift, segment.start + i, token))
                 expected.setdefault(segment.slot(i), set()).add(number)
         assert found == wanted
-        own = [first for *_, first in seen if first >= 0]
-        assert own == list(range(0, len(row.segment.pages) * size, chunk))
     assert read == {slot: -(-len(rows) // rows_per_task) for slot, rows in expected.items()}
+
+
+def chunks(lists: TaskLists, planned: Planned, number: int) -> list[tuple[list[int], int, int, int]]:
+    """The chunks of row `number` in the order of its merge: (pages, slots, where the open segment begins, shift)."""
+    by_part = {}
+    for pages, length, _, first, _, num_rows, part, shift in lists.tasks[: planned.tasks].tolist():
+        of_chunk = lists.task_pages[pages : pages + -(-length // 16)].tolist()
+        by_part.update((part + offset, (of_chunk, length, first, shift)) for offset in range(num_rows))
+    bounds = lists.row_parts_indptr[number : number + 2]
+    return [by_part[part] for part in lists.row_parts[bounds[0] : bounds[1]].tolist()]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -198,57 +211,113 @@ def test_tasks_are_what_the_views_say(moves: list[tuple[int, int, int]], rows_pe
 def test_a_planner_that_has_planned_before_says_the_same(
     first: list[tuple[int, int, int]], then: list[tuple[int, int, int]]
 ) -> None:
-    """Planning again after any moves is right, whatever was laid out before, with a layout that often fills up."""
+    """Planning again after any moves is right, whatever was laid out before, with a layout that often fills up; and
+    every row is cut as by a planner that sees that row for the first time, and alone."""
     forest = Forest()
     forest.root(70)
     tight = Capacity(16, 512, 1024, 160, 2048, 40)
     used = planner(2, capacity=tight)
     for move in [*first, *then]:
         grow(forest, [move])
-        lists = TaskLists(tight)
-        planned = used.plan(forest.rows(), HORIZON, lists)
-        if isinstance(planned, Planned):
-            check(forest.rows(), lists, planned, 2, 32, 16)
-        else:
-            assert isinstance(planner(2, capacity=tight).plan(forest.rows(), HORIZON, lists), Overflow)
-
-
-def test_split_points_do_not_depend_on_the_wave() -> None:
-    """A row's chunks and their order are the same alone as among others."""
-    forest = Forest()
-    root = forest.root(100)
-    forest.fork(forest.fork(root, [40, 50, 60])[1], [5, 33, 1])
-    forest.stitch(laid_end_to_end=True)
-
-    def chunks(rows: list[Row | None], number: int) -> list[tuple[int, int, int, int]]:
-        lists = TaskLists(CAPACITY)
-        planned = planner(2).plan(rows, HORIZON, lists)
-        assert isinstance(planned, Planned)
-        by_part = {}
-        for pages, length, _, first, _, num_rows, part, shift in lists.tasks[: planned.tasks].tolist():
-            for offset in range(num_rows):
-                by_part[part + offset] = (int(lists.task_pages[pages]), length, first, shift)
-        bounds = lists.row_parts_indptr[number : number + 2]
-        return [by_part[part] for part in lists.row_parts[bounds[0] : bounds[1]].tolist()]
-
-    rows = forest.rows()
-    for number, row in enumerate(rows):
-        assert chunks(rows, number) == chunks([row], 0)
+        lists, alone = TaskLists(tight), TaskLists(tight)
+        rows = forest.rows()
+        planned = used.plan(rows, HORIZON, lists)
+        if not isinstance(planned, Planned):
+            assert isinstance(planner(2, capacity=tight).plan(rows, HORIZON, lists), Overflow)
+            continue
+        check(rows, lists, planned, 2, 32, 16)
+        for number, row in enumerate(rows):
+            one = planner(2, capacity=tight).plan([row], HORIZON, alone)
+            assert isinstance(one, Planned)
+            assert chunks(lists, planned, number) == chunks(alone, one, 0)
 
 
 def test_a_join_of_short_branches_is_few_tasks() -> None:
-    """Short segments that are stitched together go into one chunk while they fit and have one shift."""
+    """Short segments that are stitched together share chunks with one another, with what comes before them and with
+    the open segment; where each is seen under a shift of its own, none does."""
+    for laid_end_to_end, expected in ((False, 3), (True, 1 + 8 + 1)):
+        forest = Forest()
+        root = forest.root(16)
+        forest.fork(root, [20] * 9)
+        forest.stitch(laid_end_to_end)
+        rows = forest.rows()
+        lists = TaskLists(CAPACITY)
+        planned = planner(4, chunk=128).plan(rows, HORIZON, lists)
+        assert isinstance(planned, Planned)
+        check(rows, lists, planned, 4, 128, 16)
+        # Of one page the root, of two each branch, of one the open segment: chunks have eight. End to end the root and
+        # the first branch have no shift, and the open segment none.
+        assert planned.tasks == expected
+
+
+def test_a_long_chain_is_few_tasks() -> None:
+    """Many links, of forks that are over, are one run that is cut at whole chunks, also when it grows link by link and
+    when branches of a further fork see it."""
     forest = Forest()
-    root = forest.root(16)
-    forest.fork(root, [20] * 9)
-    forest.stitch(laid_end_to_end=False)
-    rows = forest.rows()
+    forest.root(10)
+    made = planner(4, chunk=128)
     lists = TaskLists(CAPACITY)
-    planned = planner(4, chunk=128).plan(rows, HORIZON, lists)
+    laid_out = 8
+    for rounds in range(1, 20):
+        forest.fork(forest.threads[0], [5])
+        forest.stitch(laid_end_to_end=False)
+        planned = made.plan(forest.rows(), HORIZON, lists)
+        assert isinstance(planned, Planned)
+        check(forest.rows(), lists, planned, 4, 128, 16)
+        # The root's page, two links a round, of a page each, and the open segment.
+        assert planned == Planned(-(-(2 * rounds + 1) // 8), 1, planned.pages, -(-(2 * rounds + 1) // 8))
+        # Chunks that are full stay where they are: a round lays out its own, and one with the open segment.
+        assert planned.pages <= laid_out + 16
+        laid_out = planned.pages
+    forest.fork(forest.threads[0], [1] * 8)
+    planned = made.plan(forest.rows(), HORIZON, lists)
     assert isinstance(planned, Planned)
-    check(rows, lists, planned, 4, 128, 16)
-    # The root; nine segments of two pages, four to a chunk of eight pages; its own.
-    assert planned.tasks == 1 + 3 + 1
+    check(forest.rows(), lists, planned, 4, 128, 16)
+    assert (planned.task_rows, planned.parts) == (8 + 8, 8 * 5 + 8)
+
+
+def test_a_cached_root_is_cut_as_one_that_is_not() -> None:
+    """Where a row's keys are cut doesn't depend on how many of its first pages came from the prefix cache, also after
+    the rest is sealed."""
+    found = []
+    for cached in (0, 1, 2, 5):
+        forest = Forest()
+        first = forest.root(90)
+        pages = first.segment.pages[:cached]
+        # The same tokens, in the same pages as far as they are cached; the rest in a segment of the thread's own.
+        view = None
+        if cached:
+            segment = Segment(forest.pool, 0, pages=pages)
+            forest.pool.share(pages)
+            segment.append([0] * 16 * cached)
+            segment.seal()
+            view = View(None, [Entry(segment)])
+        forest.threads = [Thread(view, Segment(forest.pool, 16 * cached))]
+        forest.write(forest.threads[0], 90 - 16 * cached)
+        made, lists = planner(4), TaskLists(CAPACITY)
+        lengths = []
+        for _ in range(2):
+            planned = made.plan(forest.rows(), HORIZON, lists)
+            assert isinstance(planned, Planned)
+            check(forest.rows(), lists, planned, 4, 32, 16)
+            lengths += [sum(page % 2**PAGE_BITS for page in of_chunk) for of_chunk, *_ in chunks(lists, planned, 0)]
+            forest.fork(forest.threads[0], [3])
+        found.append(lengths)
+    assert all(lengths == found[0] for lengths in found)
+
+
+def test_a_fork_must_be_on_the_way() -> None:
+    """A row that names a view which it doesn't see as its ancestor's is refused."""
+    forest = Forest()
+    forest.fork(forest.root(10), [1])
+    forest.fork(forest.root(10), [1])
+    (_, segment, _), (_, _, forks) = (row for row in forest.rows() if row)
+    view = forest.rows()[0].view  # type: ignore[union-attr]
+    made = planner(1)
+    assert isinstance(made.plan(forest.rows(), HORIZON, TaskLists(CAPACITY)), Planned)
+    for row in (Row(None, segment, forks), Row(view, segment, forks), Row(forks[0], segment, (view,))):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="no link"):
+            made.plan([row], HORIZON, TaskLists(CAPACITY))
 
 
 def test_roots_share_cached_pages() -> None:
@@ -264,6 +333,25 @@ def test_roots_share_cached_pages() -> None:
     assert isinstance(planned, Planned)
     check(rows, lists, planned, 4, 32, 16)
     assert int((lists.tasks[: planned.tasks, TASK_NUM_ROWS] == 4).sum()) == 2
+
+
+@pytest.mark.parametrize("lengths", [[64, 64, 5], [70, 64, 70], [10, 64], [32]])
+def test_a_root_of_several_segments(lengths: list[int]) -> None:
+    """A root link may hold several segments, of which the first fills chunks that other roots could share."""
+    forest = Forest()
+    segments = []
+    for length in lengths:
+        segments.append(Segment(forest.pool, sum(lengths)))
+        segments[-1].append([0] * length)
+        segments[-1].seal()
+    forest.threads = [Thread(View(None, [Entry(segment) for segment in segments]), Segment(forest.pool, 0))]
+    forest.write(forest.threads[0], 3)
+    made, lists = planner(4), TaskLists(CAPACITY)
+    for _ in range(2):
+        planned = made.plan(forest.rows(), HORIZON, lists)
+        assert isinstance(planned, Planned)
+        check(forest.rows(), lists, planned, 4, 32, 16)
+        forest.fork(forest.threads[0], [1, 1])
 
 
 def test_pages_that_moved_are_noticed() -> None:

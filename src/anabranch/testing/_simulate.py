@@ -29,6 +29,7 @@ from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult, _Work
 from anabranch.runtime.generation import encode_bytes
 from anabranch.runtime.model import Attend, Decoder
 from anabranch.runtime.models import LoadedModel
+from anabranch.runtime.pages import KvStore
 from anabranch.runtime.recorder import Recorder
 from anabranch.runtime.tasks import Draw, Task
 from anabranch.runtime.tokenizer import Tokenizer, byte_tokenizer
@@ -145,6 +146,7 @@ class _Simulator(Engine):
             self.has_waited = self.scheduler.has_waiting
 
     def _attention(self, blocks: Sequence[Block]) -> StepAttention:
+        assert isinstance(self.store, KvStore)
         return _Addresses(self.store, self.model.decoder.config, blocks, self.model.decoder.dtype)
 
     def _sample(self, sampling: Sequence[tuple[_Work, Context, Tensor]]) -> None:

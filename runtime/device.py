@@ -1,0 +1,478 @@
+"""What a step needs on a device: the page store, rotary factors, task lists and attention over any blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from anabranch.kernels.merge_states import merge_parts
+from anabranch.kernels.rope_append import rope_append
+from anabranch.kernels.segment_attention import (
+    BLOCK_ROWS,
+    DTYPES,
+    HEAD_DIMS,
+    PAGE_BITS,
+    PAGE_SIZES,
+    TASK_FIRST,
+    TASK_LENGTH,
+    TASK_NUM_ROWS,
+    TASK_PAGES,
+    TASK_ROWS,
+    TASK_SEGMENT,
+    TASK_SHIFT,
+    segment_attention,
+    supports,
+)
+from anabranch.kernels.segment_prefill import segment_prefill
+from anabranch.runtime.attention import Block
+from anabranch.runtime.device_forward import DeviceForward
+from anabranch.runtime.model import Decoder, Layer
+from anabranch.runtime.pages import Entry, PagePool, Saved, Segment
+from anabranch.runtime.rope import rope_table
+from anabranch.runtime.task_plan import Capacity, Overflow, Planned, Row, TaskLists, TaskPlanner
+
+Ints = npt.NDArray[np.int32]
+Reads = list[list[tuple[int, int, int]]]
+"""For each row the (first slot, how many, shift) of every run of keys that it attends to."""
+
+STAGES = 3
+"""Sets of staging buffers: one is filled while the copies of the others may still be under way."""
+
+
+class PagedStore:
+    """The keys and values behind the pool's slots.
+
+    k[layer], v[layer]: [num_pages, num_kv_heads, page_size, head_dim]
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (pool.num_pages, num_kv_heads, pool.page_size, head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._page_size = pool.page_size
+
+    def save(self, segment: Segment) -> Saved:
+        """A copy of what `segment` holds, in host memory."""
+        page, slot = self._places(segment)
+        return [
+            (k[page, :, slot].transpose(0, 1).cpu(), v[page, :, slot].transpose(0, 1).cpu())
+            for k, v in zip(self.k, self.v, strict=True)
+        ]
+
+    def restore(self, segment: Segment, saved: Saved) -> None:
+        """Write what `save` gave to the slots that `segment` has now."""
+        page, slot = self._places(segment)
+        for k, v, (saved_k, saved_v) in zip(self.k, self.v, saved, strict=True):
+            k[page, :, slot] = saved_k.transpose(0, 1).to(k.device)
+            v[page, :, slot] = saved_v.transpose(0, 1).to(v.device)
+
+    def _places(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        device = self.k[0].device
+        slots = torch.cat([torch.arange(first, stop) for first, stop in segment.runs()]).to(device)
+        return slots // self._page_size, slots % self._page_size
+
+
+class DeviceLists:
+    """A plan's lists on the device, and the staging buffers they come from. Layouts are those of `TaskLists`."""
+
+    def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        self._device = device
+        self._pinned = device.type == "cuda"
+        self._stages = [self._stage(capacity) for _ in range(STAGES)]
+        self._copied: list[torch.cuda.Event | None] = [None] * STAGES
+        self._next = 0
+        self.staged = self._stages[0]
+        self.planned = Planned(0, 0, 0, 0)
+        empty = TaskLists(capacity)
+        self.tasks, self.num_tasks, self.task_rows, self.task_pages, self.page_start, self.indptr, self.row_parts = (
+            torch.zeros(x.shape, dtype=torch.int32, device=device)
+            for x in (
+                empty.tasks,
+                empty.num_tasks,
+                empty.task_rows,
+                empty.task_pages,
+                empty.page_start,
+                empty.row_parts_indptr,
+                empty.row_parts,
+            )
+        )
+
+    def plan(self, planner: TaskPlanner, rows: Sequence[Row | None]) -> Planned | Overflow:
+        """Plan `rows` and start the copies; after an overflow the lists are as before."""
+        stage = self._stages[self._next]
+        copied = self._copied[self._next]
+        if copied is not None:
+            copied.synchronize()
+        planned = planner.plan(rows, 0, stage)
+        if isinstance(planned, Overflow):
+            return planned
+        for into, of, count in (
+            (self.tasks, stage.tasks, planned.tasks),
+            (self.num_tasks, stage.num_tasks, 1),
+            (self.task_rows, stage.task_rows, planned.task_rows),
+            (self.task_pages, stage.task_pages, planned.pages),
+            (self.page_start, stage.page_start, planned.pages),
+            (self.indptr, stage.row_parts_indptr, len(stage.row_parts_indptr)),
+            (self.row_parts, stage.row_parts, planned.parts),
+        ):
+            if count:
+                into[:count].copy_(torch.from_numpy(of[:count]), non_blocking=True)
+        if self._pinned:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._copied[self._next] = event
+        self._next = (self._next + 1) % STAGES
+        self.staged, self.planned = stage, planned
+        return planned
+
+    def _stage(self, capacity: Capacity) -> TaskLists:
+        lists = TaskLists(capacity)
+        if self._pinned:
+            # Copies from pageable memory would wait for what the device has to do.
+            for name in TaskLists.__slots__:
+                pinned = torch.zeros(getattr(lists, name).shape, dtype=torch.int32, pin_memory=True)
+                setattr(lists, name, pinned.numpy())
+        return lists
+
+
+class Device:
+    """The device side of an engine.
+
+    lanes, chunk: most decoding rows and most prefilled rows of a step
+    deterministic: fixed tiles and linears, so that a row's bits do not depend on the rows beside it
+    Raises ValueError for a decoder, page size or device that the kernels do not support, naming the limit.
+    """
+
+    def __init__(self, decoder: Decoder, pool: PagePool, *, lanes: int, chunk: int, deterministic: bool) -> None:
+        config = decoder.config
+        self.device = decoder.device
+        group = config.num_heads // config.num_kv_heads
+        _check(decoder, pool, group)
+        self.config = config
+        self.page_size = pool.page_size
+        self.scale = config.head_dim**-0.5
+        self.forward = DeviceForward(decoder, fixed=deterministic)
+        self.store = PagedStore(
+            pool, config.num_layers, config.num_kv_heads, config.head_dim, decoder.dtype, decoder.device
+        )
+        positions = torch.arange(config.max_context, dtype=torch.int64, device=decoder.device)
+        cos, sin = rope_table(config.rope, config.head_dim, positions, torch.float32)
+        half = config.head_dim // 2
+        # The first half of `sin` is negated there.
+        self.cos, self.sin = cos[:, :half].contiguous(), sin[:, half:].contiguous()
+        self.windows = tuple(w or 0 for w in config.sliding_window) or (0,) * config.num_layers
+        self.block_m = _block_m(lanes * group, group, config.head_dim, decoder.dtype, deterministic)
+        self.capacity = Capacity(
+            rows=lanes + chunk,
+            tasks=max(256, 128 * lanes),
+            task_rows=max(2048, 1024 * lanes),
+            pages=max(4096, 1024 * lanes),
+            parts=max(512, 256 * lanes),
+            chunks=max(512, 256 * lanes),
+        )
+        self.planner = self._planner(self.capacity)
+        self._lists = DeviceLists(self.capacity, self.device)
+
+    def forget(self) -> None:
+        """Segments and views that were planned are gone, and their numbers may come again."""
+        self.planner = self._planner(self.capacity)
+
+    def step(self, blocks: Sequence[Block]) -> StepOnDevice:
+        """Attention over the rows of `blocks`, whose slots the segments hold already."""
+        return StepOnDevice(self, blocks)
+
+    def append(
+        self, number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor
+    ) -> Tensor:
+        """Write keys and values of one layer; returns the queries, normed where the model does that."""
+        return rope_append(
+            q,
+            k,
+            v,
+            positions,
+            slots,
+            self.cos,
+            self.sin,
+            self.store.k[number],
+            self.store.v[number],
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=self.config.rms_norm_eps,
+        )
+
+    def attend(
+        self, number: int, q: Tensor, positions: Tensor, lists: DeviceLists, lengths: Tensor, num_parts: int
+    ) -> Tensor:
+        """Decode attention of one layer. lengths: int32, tokens of each row's open segment."""
+        out, lse = segment_attention(
+            q,
+            positions,
+            self.store.k[number],
+            self.store.v[number],
+            self.cos,
+            self.sin,
+            lists.tasks,
+            lists.num_tasks,
+            lists.task_rows,
+            lists.task_pages,
+            lists.page_start,
+            lengths,
+            num_parts=num_parts,
+            scale=self.scale,
+            window=self.windows[number],
+            block_m=self.block_m,
+        )
+        merged, _ = merge_parts(out, lse, lists.indptr[: q.shape[0] + 1], lists.row_parts, q.dtype)
+        return merged
+
+    def lists_for(self, rows: Sequence[Row]) -> list[tuple[slice, DeviceLists]]:
+        """The plans of decoding rows: one, or as many as it takes for each to fit."""
+        if not rows:
+            return []
+        if len(rows) <= self.capacity.rows and isinstance(self._lists.plan(self.planner, rows), Planned):
+            return [(slice(0, len(rows)), self._lists)]
+        found: list[tuple[slice, DeviceLists]] = []
+        self._split(rows, 0, found)
+        return found
+
+    def _split(self, rows: Sequence[Row], first: int, found: list[tuple[slice, DeviceLists]]) -> None:
+        capacity = self.capacity if len(rows) > 1 else _capacity_of(rows[0], self.page_size)
+        lists = DeviceLists(capacity, self.device)
+        planned = lists.plan(self._planner(capacity), rows) if len(rows) <= capacity.rows else None
+        if isinstance(planned, Planned):
+            found.append((slice(first, first + len(rows)), lists))
+            return
+        if len(rows) == 1:
+            raise RuntimeError(f"one row does not fit lists made for it: {planned}")
+        half = len(rows) // 2
+        self._split(rows[:half], first, found)
+        self._split(rows[half:], first + half, found)
+
+    def _planner(self, capacity: Capacity) -> TaskPlanner:
+        group = self.config.num_heads // self.config.num_kv_heads
+        return TaskPlanner(page_size=self.page_size, rows_per_task=self.block_m // group, capacity=capacity)
+
+
+class StepOnDevice:
+    """One step's rows, planned: `logits` runs them through the layers.
+
+    Blocks of one row decode: they share reads by tasks. Longer ones are prefilled, each against its own view.
+    """
+
+    def __init__(self, device: Device, blocks: Sequence[Block]) -> None:
+        self._device = device
+        size = device.page_size
+        slots: list[int] = []
+        positions: list[int] = []
+        decoding: list[tuple[int, Block]] = []
+        prefilled: list[tuple[int, Block]] = []
+        for block in blocks:
+            (decoding if block.count == 1 else prefilled).append((len(slots), block))
+            for index in range(block.first, block.first + block.count):
+                slots.append(block.segment.slot(index))
+                positions.append(block.segment.start + index)
+        self.num_rows = len(slots)
+        self._slots = torch.tensor(slots, dtype=torch.int64, device=device.device)
+        self._positions = torch.tensor(positions, dtype=torch.int32, device=device.device)
+        self._decoding = [row for row, _ in decoding]
+        self._lengths = [block.first + 1 for _, block in decoding]
+        self._groups = device.lists_for([Row(block.view, block.segment) for _, block in decoding])
+        self._prefill = _Prefill(prefilled, size, device.device) if prefilled else None
+        self._index = torch.tensor(self._decoding, dtype=torch.int64, device=device.device)
+        self._row_lengths = torch.tensor(self._lengths, dtype=torch.int32, device=device.device)
+
+    def logits(self, tokens: Sequence[int], wanted: Sequence[int]) -> Tensor:
+        """fp32 [len(wanted), vocab_size] of the rows `wanted`."""
+        device = self._device.device
+        ids = torch.tensor(tokens, dtype=torch.int64, device=device)
+        rows = torch.tensor(wanted, dtype=torch.int64, device=device)
+        return self._device.forward(ids, self._attend, rows)
+
+    def reads(self) -> Reads:
+        """What each row reads, from the lists that the kernels are given."""
+        found: Reads = [[] for _ in range(self.num_rows)]
+        for part, lists in self._groups:
+            rows = self._decoding[part]
+            for row, runs in zip(rows, runs_read(lists, self._lengths[part], self._device.page_size), strict=True):
+                found[row] = runs
+        if self._prefill is not None:
+            self._prefill.reads(found, self._device.page_size)
+        return found
+
+    def _attend(self, number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        device = self._device
+        q = device.append(number, layer, q, k, v, self._positions, self._slots)
+        out = torch.empty_like(q)
+        if self._prefill is not None:
+            plan = self._prefill
+            out, _ = segment_prefill(
+                q,
+                self._positions,
+                device.store.k[number],
+                device.store.v[number],
+                device.cos,
+                device.sin,
+                plan.blocks,
+                plan.num_blocks,
+                plan.spans,
+                plan.task_pages,
+                plan.page_start,
+                scale=device.scale,
+                window=device.windows[number],
+            )
+        for part, lists in self._groups:
+            index = self._index[part]
+            found = device.attend(
+                number,
+                q.index_select(0, index),
+                self._positions.index_select(0, index),
+                lists,
+                self._row_lengths[part].contiguous(),
+                max(1, lists.planned.parts),
+            )
+            out.index_copy_(0, index, found)
+        return out
+
+
+class _Prefill:
+    """The blocks and spans of `segment_prefill`. A span is what stands side by side in a view under one shift."""
+
+    def __init__(self, rows: Sequence[tuple[int, Block]], page_size: int, device: torch.device) -> None:
+        blocks: list[tuple[int, int, int, int]] = []
+        spans: list[tuple[int, int, int, int]] = []
+        pages: list[Ints] = []
+        starts: list[Ints] = []
+        count = 0
+        for first_row, block in rows:
+            first_span = len(spans)
+            chain = [] if block.view is None else block.view.chain()
+            for shift, entries in _by_shift(entry for link in chain for entry in link.entries):
+                first = count
+                length = 0
+                for entry in entries:
+                    segment = entry.segment
+                    length = (count - first) * page_size + segment.length
+                    count += _add_pages(segment, segment.length, page_size, pages, starts)
+                # All pages but the last are spanned whole.
+                tokens = entries[-1].segment.length
+                length = (count - first) * page_size - -tokens % page_size
+                spans.append((first, length, shift, -1))
+            stop = block.first + block.count
+            spans.append((count, stop, 0, block.first))
+            count += _add_pages(block.segment, stop, page_size, pages, starts)
+            blocks.append((first_row, block.count, first_span, len(spans) - first_span))
+        self._blocks, self._spans = blocks, spans
+        self._pages = np.concatenate(pages)
+        self.blocks, self.spans, self.num_blocks = (
+            torch.tensor(x, dtype=torch.int32, device=device) for x in (blocks, spans, [len(blocks)])
+        )
+        self.task_pages, self.page_start = (torch.from_numpy(np.concatenate(x)).to(device) for x in (pages, starts))
+
+    def reads(self, found: Reads, page_size: int) -> None:
+        """Fill in the rows of these blocks."""
+        for first_row, num_rows, first_span, num_spans in self._blocks:
+            for first, length, shift, causal in self._spans[first_span : first_span + num_spans]:
+                for offset in range(num_rows):
+                    left = length if causal < 0 else causal + offset + 1
+                    found[first_row + offset].extend(_runs(self._pages, first, left, shift, page_size))
+
+
+def runs_read(lists: DeviceLists, lengths: Sequence[int], page_size: int) -> Reads:
+    """What each row of a plan reads. lengths: tokens of each row's open segment."""
+    stage, planned = lists.staged, lists.planned
+    found: Reads = [[] for _ in lengths]
+    for task in stage.tasks[: planned.tasks].tolist():
+        length = task[TASK_LENGTH]
+        if task[TASK_SEGMENT] >= 0:
+            length = max(0, min(length, lengths[task[TASK_SEGMENT]] - task[TASK_FIRST]))
+        runs = list(_runs(stage.task_pages, task[TASK_PAGES], length, task[TASK_SHIFT], page_size))
+        for row in stage.task_rows[task[TASK_ROWS] : task[TASK_ROWS] + task[TASK_NUM_ROWS]].tolist():
+            found[row].extend(runs)
+    return found
+
+
+def _runs(pages: Ints, first: int, length: int, shift: int, page_size: int) -> Iterator[tuple[int, int, int]]:
+    """The runs of slots that `length` slots from page entry `first` on hold keys in."""
+    begin = stop = -1
+    for number in range(-(-length // page_size)):
+        entry = int(pages[first + number])
+        count = min(entry & ((1 << PAGE_BITS) - 1), length - number * page_size)
+        slot = (entry >> PAGE_BITS) * page_size
+        if count <= 0:
+            continue
+        if slot == stop:
+            stop += count
+            continue
+        if stop > begin:
+            yield begin, stop - begin, shift
+        begin, stop = slot, slot + count
+    if stop > begin:
+        yield begin, stop - begin, shift
+
+
+def _by_shift(entries: Iterator[Entry]) -> Iterator[tuple[int, list[Entry]]]:
+    """Neighbours under one shift."""
+    together: list[Entry] = []
+    for entry in entries:
+        if together and together[-1].shift != entry.shift:
+            yield together[-1].shift, together
+            together = []
+        together.append(entry)
+    if together:
+        yield together[-1].shift, together
+
+
+def _add_pages(segment: Segment, tokens: int, page_size: int, pages: list[Ints], starts: list[Ints]) -> int:
+    """Add the pages of a segment's first `tokens`; returns how many."""
+    count = -(-tokens // page_size)
+    numbers = np.asarray(segment.pages[:count], dtype=np.int32) << PAGE_BITS | page_size
+    numbers[-1] -= -tokens % page_size
+    pages.append(numbers)
+    starts.append(np.arange(segment.start, segment.start + tokens, page_size, dtype=np.int32))
+    return count
+
+
+def _capacity_of(row: Row, page_size: int) -> Capacity:
+    """Room for one row, however long its view."""
+    chain = [] if row.view is None else row.view.chain()
+    entries = [entry for link in chain for entry in link.entries]
+    pages = sum(-(-entry.segment.length // page_size) for entry in entries) + len(row.segment.pages)
+    # A chunk holds at least a page, and room for the open segment's last chunk is laid out whole.
+    most = pages + len(entries) + 2
+    return Capacity(1, most, most, 2 * pages + (1 << 16), most, most)
+
+
+def _block_m(rows: int, group: int, head_dim: int, dtype: torch.dtype, deterministic: bool) -> int:
+    """The decode tile, which must hold a query group: no larger than the rows need."""
+    most = 32 if deterministic else 128
+    fitting = [m for m in BLOCK_ROWS if m >= group and supports(m, head_dim, dtype)]
+    return next((m for m in fitting if m >= min(rows, most)), fitting[-1])
+
+
+def _check(decoder: Decoder, pool: PagePool, group: int) -> None:
+    config = decoder.config
+    if decoder.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"a device of type `{decoder.device.type}` is not supported: it is cpu or cuda")
+    if config.head_dim not in HEAD_DIMS:
+        raise ValueError(f"a head size of {config.head_dim} is not supported: it is one of {HEAD_DIMS}")
+    if pool.page_size not in PAGE_SIZES:
+        raise ValueError(f"a page of {pool.page_size} tokens is not supported: it is one of {PAGE_SIZES}")
+    if decoder.dtype not in DTYPES:
+        raise ValueError(f"{decoder.dtype} is not supported on a device: it is one of {DTYPES}")
+    most = max(m for m in BLOCK_ROWS if supports(m, config.head_dim, decoder.dtype))
+    if group > most:
+        raise ValueError(f"{group} query heads a KV head are not supported: at most {most}")
+    if pool.num_pages < 1:
+        raise ValueError("a pool holds at least one page")
