@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from anabranch.kernels import aot_build
@@ -35,6 +34,8 @@ class Cache:
         Of sources these are what Triton itself knows a kernel by, which is its text, that of each function it calls and
         the constants they read; and the text of what reads a build.
         """
+        import triton
+
         parts = (
             config.fn.cache_key,
             Path(aot_build.__file__).read_text(),
@@ -42,7 +43,7 @@ class Cache:
             sorted(config.constexprs.items()),
             config.num_warps,
             config.num_stages,
-            version("triton"),
+            triton.__version__,
             (target.backend, target.arch, target.warp_size),
         )
         return _sum(repr(parts))

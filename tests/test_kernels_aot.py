@@ -453,8 +453,20 @@ def test_without_triton_the_command_says_so(
     monkeypatch.setattr("anabranch.kernels.aot_command.HAS_TRITON", False)
     assert main([]) == 2
     assert "pip install 'anabranch[gpu]'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["--jobs", "0"])
+
+
+@needs_triton
+def test_wrong_options_are_told_before_anything_is_built(
+    module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number of workers, a folder that is missing, and one that cannot be made."""
+    for options, said in ((["--jobs", "0"], "at least 1"), (["--table", str(tmp_path / "no" / "t")], "no folder")):
+        with pytest.raises(SystemExit):
+            main(options)
+        assert said in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["--full", "--cache", str(tmp_path / "file" / "figures")], [module.__name__]) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_the_grouped_table_shows_the_worst() -> None:
