@@ -447,7 +447,7 @@ def run_mask(arguments: tuple[Tensor, ...]) -> Tensor:
     n, vocab = len(arguments[3]), arguments[0].shape[1]
     words = (vocab + 31) // 32
     out = torch.full((n + 1, words), SENTINEL, dtype=torch.int32)
-    launch_automaton_mask(automaton_mask_kernel, *arguments, out[:-1])  # type: ignore[arg-type]
+    launch_automaton_mask(automaton_mask_kernel, *arguments, mask=out[:-1])
     assert (out[-1] == SENTINEL).all()
     return out[:-1]
 
