@@ -207,9 +207,7 @@ def tile(head_dim: int, element_size: int, page_size: int, block_m: int, windowe
     wide = power_of_two(head_dim)
     if element_size == 4:
         if block_m == 64:
-            if windowed and wide == 128:
-                return Tile(16 if head_dim == wide else 32, 8, 1)
-            return Tile(16, 8, 2)
+            return Tile(16, 8, 1 if windowed and wide == 128 else 2)
         if wide == 64:
             return Tile(32, 4, 2)
         return Tile(16, 8 if block_m == 32 else 4, 2)
