@@ -77,9 +77,10 @@ def segment_prefill(
 
 def largest_block(head_dim: int, dtype: torch.dtype) -> int:
     """The most rows x query heads that a tile's registers hold on every target."""
-    if head_dim <= 128:
-        return 64
-    return 16 if dtype == torch.float32 else 32
+    if dtype == torch.float32:
+        # Heads of 80 and 96 take as much as those of 128, and the masks of what is missing besides.
+        return 64 if head_dim in (64, 128) else 16
+    return 64 if head_dim <= 128 else 32
 
 
 def segment_prefill_torch(

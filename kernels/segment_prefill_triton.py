@@ -207,8 +207,10 @@ def tile(head_dim: int, element_size: int, page_size: int, block_m: int, windowe
     wide = power_of_two(head_dim)
     if element_size == 4:
         if block_m == 64:
-            return Tile(16, 8, 1 if windowed else 2)
-        return Tile(32 if wide == 64 else 16, 4, 2)
+            return Tile(16, 8, 1 if windowed and wide == 128 else 2)
+        if wide == 64:
+            return Tile(32, 4, 2)
+        return Tile(16, 8 if block_m == 32 else 4, 2)
     if block_m < 64:
         if wide <= 128:
             return Tile(64, 4, 2)
