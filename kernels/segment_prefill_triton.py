@@ -293,5 +293,5 @@ SHIPPED = tuple(
     for group, windowed in (((4, False), (3, True)) if block_m == largest_block(head_dim, dtype) else ((4, False),))
     if not (windowed and dtype == torch.float32 and head_dim in (80, 96))
 )
-"""What is built, windows in the widest tile; the query group changes no tile, so a few stand for all. fp32 heads of 80 and
-96 under a window run as well, and are left out since they spill on sm_80."""
+"""What is built, windows in the widest tile; the query group changes no tile, so a few stand for all. fp32 heads of 80
+and 96 under a window run as well, and are left out since they spill on sm_80."""
