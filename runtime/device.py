@@ -29,6 +29,7 @@ from anabranch.kernels.segment_attention import (
 )
 from anabranch.kernels.segment_prefill import segment_prefill
 from anabranch.runtime.attention import Block
+from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.device_forward import DeviceForward
 from anabranch.runtime.model import Decoder, Layer
 from anabranch.runtime.pages import Entry, PagePool, Saved, Segment
@@ -159,7 +160,9 @@ class Device:
         config = decoder.config
         self.device = decoder.device
         group = config.num_heads // config.num_kv_heads
-        _check(decoder, pool, group)
+        check_supported(decoder, pool.page_size)
+        if pool.num_pages < 1:
+            raise ValueError("a pool holds at least one page")
         self.config = config
         self.page_size = pool.page_size
         self.scale = config.head_dim**-0.5
@@ -167,12 +170,8 @@ class Device:
         self.store = PagedStore(
             pool, config.num_layers, config.num_kv_heads, config.head_dim, decoder.dtype, decoder.device
         )
-        positions = torch.arange(config.max_context, dtype=torch.int64, device=decoder.device)
-        cos, sin = rope_table(config.rope, config.head_dim, positions, torch.float32)
-        half = config.head_dim // 2
-        # The first half of `sin` is negated there.
-        self.cos, self.sin = cos[:, :half].contiguous(), sin[:, half:].contiguous()
-        self.windows = tuple(w or 0 for w in config.sliding_window) or (0,) * config.num_layers
+        self.cos, self.sin = rotary_factors(config, decoder.device)
+        self.windows = windows(config)
         self.block_m = _block_m(lanes * group, group, config.head_dim, decoder.dtype, deterministic)
         self.capacity = Capacity(
             rows=lanes + chunk,
@@ -274,22 +273,16 @@ class StepOnDevice:
     def __init__(self, device: Device, blocks: Sequence[Block]) -> None:
         self._device = device
         size = device.page_size
-        slots: list[int] = []
-        positions: list[int] = []
         decoding: list[tuple[int, Block]] = []
         prefilled: list[tuple[int, Block]] = []
-        for block in blocks:
-            (decoding if block.count == 1 else prefilled).append((len(slots), block))
-            for index in range(block.first, block.first + block.count):
-                slots.append(block.segment.slot(index))
-                positions.append(block.segment.start + index)
-        self.num_rows = len(slots)
-        self._slots = torch.tensor(slots, dtype=torch.int64, device=device.device)
-        self._positions = torch.tensor(positions, dtype=torch.int32, device=device.device)
+        for first_row, block in numbered(blocks):
+            (decoding if block.count == 1 else prefilled).append((first_row, block))
+        self._slots, self._positions = places(blocks, device.device)
+        self.num_rows = len(self._slots)
         self._decoding = [row for row, _ in decoding]
         self._lengths = [block.first + 1 for _, block in decoding]
         self._groups = device.lists_for([Row(block.view, block.segment, block.forks) for _, block in decoding])
-        self._prefill = _Prefill(prefilled, size, device.device) if prefilled else None
+        self._prefill = PrefillLists(prefilled, size, device.device) if prefilled else None
         self._index = torch.tensor(self._decoding, dtype=torch.int64, device=device.device)
         self._row_lengths = torch.tensor(self._lengths, dtype=torch.int32, device=device.device)
 
@@ -346,8 +339,30 @@ class StepOnDevice:
         return out
 
 
-class _Prefill:
-    """The blocks and spans of `segment_prefill`. A span is what stands side by side in a view under one shift."""
+def numbered(blocks: Sequence[Block]) -> Iterator[tuple[int, Block]]:
+    """Each block with the number of its first row."""
+    count = 0
+    for block in blocks:
+        yield count, block
+        count += block.count
+
+
+def places(blocks: Sequence[Block], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the rows of blocks are written and stand: slots, int64, and positions, int32, each [num_rows]."""
+    rows = [(block.segment, block.first + offset) for block in blocks for offset in range(block.count)]
+    slots = [segment.slot(index) for segment, index in rows]
+    positions = [segment.start + index for segment, index in rows]
+    return (
+        torch.tensor(slots, dtype=torch.int64, device=device),
+        torch.tensor(positions, dtype=torch.int32, device=device),
+    )
+
+
+class PrefillLists:
+    """The blocks and spans of `segment_prefill`. A span is what stands side by side in a view under one shift.
+
+    rows: the blocks, each with the number of its first row
+    """
 
     def __init__(self, rows: Sequence[tuple[int, Block]], page_size: int, device: torch.device) -> None:
         blocks: list[tuple[int, int, int, int]] = []
@@ -454,24 +469,38 @@ def _capacity_of(row: Row, page_size: int) -> Capacity:
     return Capacity(1, most, most, 2 * pages + (1 << 16), most, most)
 
 
+def rotary_factors(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position as the kernels take them, each fp32 [max_context, head_dim / 2]."""
+    positions = torch.arange(config.max_context, dtype=torch.int64, device=device)
+    cos, sin = rope_table(config.rope, config.head_dim, positions, torch.float32)
+    half = config.head_dim // 2
+    # The first half of `sin` is negated there.
+    return cos[:, :half].contiguous(), sin[:, half:].contiguous()
+
+
+def windows(config: ModelConfig) -> tuple[int, ...]:
+    """The sliding window of each layer, 0 for none."""
+    return tuple(w or 0 for w in config.sliding_window) or (0,) * config.num_layers
+
+
 def _block_m(rows: int, group: int, head_dim: int, dtype: torch.dtype, deterministic: bool) -> int:
     """The decode tile, which must hold a query group: no larger than the rows need, or a constant."""
     fitting = [m for m in BLOCK_ROWS if m >= group and supports(m, head_dim, dtype)]
     return next((m for m in fitting if m >= (32 if deterministic else rows)), fitting[-1])
 
 
-def _check(decoder: Decoder, pool: PagePool, group: int) -> None:
+def check_supported(decoder: Decoder, page_size: int) -> None:
+    """Raise ValueError for a decoder or page size that the kernels do not support, naming the limit."""
     config = decoder.config
+    group = config.num_heads // config.num_kv_heads
     if decoder.device.type not in ("cpu", "cuda"):
         raise ValueError(f"a device of type `{decoder.device.type}` is not supported: it is cpu or cuda")
     if config.head_dim not in HEAD_DIMS:
         raise ValueError(f"a head size of {config.head_dim} is not supported: it is one of {HEAD_DIMS}")
-    if pool.page_size not in PAGE_SIZES:
-        raise ValueError(f"a page of {pool.page_size} tokens is not supported: it is one of {PAGE_SIZES}")
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"a page of {page_size} tokens is not supported: it is one of {PAGE_SIZES}")
     if decoder.dtype not in DTYPES:
         raise ValueError(f"{decoder.dtype} is not supported on a device: it is one of {DTYPES}")
     most = max(m for m in BLOCK_ROWS if supports(m, config.head_dim, decoder.dtype))
     if group > most:
         raise ValueError(f"{group} query heads a KV head are not supported: at most {most}")
-    if pool.num_pages < 1:
-        raise ValueError("a pool holds at least one page")

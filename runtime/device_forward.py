@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,14 +11,30 @@ from torch import Tensor
 from anabranch.kernels.fixed_linear import fixed_linear
 from anabranch.kernels.norms import rms_norm_residual
 from anabranch.kernels.swiglu import swiglu_packed
+from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.linear import Linear
-from anabranch.runtime.model import Decoder, Layer
+from anabranch.runtime.model import Layer
 
 Attend: TypeAlias = Callable[[int, Layer, Tensor, Tensor, Tensor], Tensor]
 """attend(number, layer, q, k, v) -> out
 
 q, out: [num_rows, num_heads, head_dim]; k, v: [num_rows, num_kv_heads, head_dim], neither normed nor rotated.
 """
+
+
+class Weights(Protocol):
+    """What is read of a decoder, whose weights are plain."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def embedding(self) -> Tensor: ...
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+    @property
+    def final_norm(self) -> Tensor: ...
+    @property
+    def lm_head(self) -> Linear: ...
 
 
 class DeviceForward:
@@ -29,7 +45,7 @@ class DeviceForward:
     Raises ValueError for a decoder whose weights are packed for a CPU.
     """
 
-    def __init__(self, decoder: Decoder, *, fixed: bool, block_m: int = 16) -> None:
+    def __init__(self, decoder: Weights, *, fixed: bool, block_m: int = 16) -> None:
         self.config = decoder.config
         self._decoder = decoder
         self._fixed = fixed
