@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeAlias, cast
 
 from anabranch.dsl.diagnostics import Diagnostic, PlanError, did_you_mean
 
-RopeKind: TypeAlias = Literal["default", "linear", "llama3", "yarn"]
+RopeKind: TypeAlias = Literal["default", "linear", "llama3", "yarn", "given"]
+# Those that a `config.json` may name.
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
 
 ARCHITECTURES = {
@@ -43,6 +44,7 @@ class RopeConfig:
     beta_fast, beta_slow: `yarn`: rotations over original_context that bound the ramp
     attention_factor: `yarn`: scale on both cos and sin, so attention logits are scaled by its square; 1 elsewhere
     truncate: `yarn`: whether the ramp's ends are rounded to whole dimensions
+    frequencies: `given`: the frequencies themselves, [head_dim / 2], radians per position; 0 does not turn
     """
 
     kind: RopeKind = "default"
@@ -55,6 +57,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    frequencies: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

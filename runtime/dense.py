@@ -144,6 +144,8 @@ def _frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
             return (base * (keep + (1.0 - keep) / rope.factor)).double(), 1.0
         case "yarn":
             return _blend_yarn(rope, base, head_dim).double(), rope.attention_factor
+        case "given":
+            return torch.tensor(rope.frequencies, dtype=torch.float64), 1.0
         case _:
             assert_never(rope.kind)
 

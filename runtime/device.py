@@ -30,8 +30,9 @@ from anabranch.kernels.segment_attention import (
 from anabranch.kernels.segment_prefill import segment_prefill
 from anabranch.runtime.attention import Block
 from anabranch.runtime.config import ModelConfig
-from anabranch.runtime.device_forward import DeviceForward
-from anabranch.runtime.model import Decoder, Layer
+from anabranch.runtime.device_forward import CallbackForward, DeviceForward, HeadNorms
+from anabranch.runtime.fixed_shapes import not_deterministic
+from anabranch.runtime.model import Decoder, DecoderLike
 from anabranch.runtime.pages import Entry, PagePool, Saved, Segment
 from anabranch.runtime.rope import rope_table
 from anabranch.runtime.task_plan import Capacity, Overflow, Planned, Row, TaskLists, TaskPlanner
@@ -153,10 +154,11 @@ class Device:
 
     lanes, chunk: most decoding rows and most prefilled rows of a step
     deterministic: fixed tiles and linears, so that a row's bits do not depend on the rows beside it
-    Raises ValueError for a decoder, page size or device that the kernels do not support, naming the limit.
+    Raises ValueError for a decoder, page size or device that the kernels do not support, naming the limit, and
+    PlanError `not-deterministic` for one that does not run by the kernels' linears.
     """
 
-    def __init__(self, decoder: Decoder, pool: PagePool, *, lanes: int, chunk: int, deterministic: bool) -> None:
+    def __init__(self, decoder: DecoderLike, pool: PagePool, *, lanes: int, chunk: int, deterministic: bool) -> None:
         config = decoder.config
         self.device = decoder.device
         group = config.num_heads // config.num_kv_heads
@@ -166,7 +168,13 @@ class Device:
         self.config = config
         self.page_size = pool.page_size
         self.scale = config.head_dim**-0.5
-        self.forward = DeviceForward(decoder, fixed=deterministic)
+        self.forward: DeviceForward | CallbackForward
+        if isinstance(decoder, Decoder):
+            self.forward = DeviceForward(decoder, fixed=deterministic)
+        else:
+            if deterministic:
+                raise not_deterministic("the linears of a decoder of its own kind are not known to keep a row's bits")
+            self.forward = CallbackForward(decoder)
         self.store = PagedStore(
             pool, config.num_layers, config.num_kv_heads, config.head_dim, decoder.dtype, decoder.device
         )
@@ -193,7 +201,7 @@ class Device:
         return StepOnDevice(self, blocks)
 
     def append(
-        self, number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor
+        self, number: int, norms: HeadNorms, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor
     ) -> Tensor:
         """Write keys and values of one layer; returns the queries, normed where the model does that."""
         return rope_append(
@@ -206,8 +214,8 @@ class Device:
             self.sin,
             self.store.k[number],
             self.store.v[number],
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
+            q_norm=norms.q_norm,
+            k_norm=norms.k_norm,
             eps=self.config.rms_norm_eps,
         )
 
@@ -291,7 +299,7 @@ class StepOnDevice:
         device = self._device.device
         ids = torch.tensor(tokens, dtype=torch.int64, device=device)
         rows = torch.tensor(wanted, dtype=torch.int64, device=device)
-        return self._device.forward(ids, self._attend, rows)
+        return self._device.forward(ids, self._positions, self._attend, rows)
 
     def reads(self) -> Reads:
         """What each row reads, from the lists that the kernels are given."""
@@ -304,9 +312,9 @@ class StepOnDevice:
             self._prefill.reads(found, self._device.page_size)
         return found
 
-    def _attend(self, number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, number: int, norms: HeadNorms, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         device = self._device
-        q = device.append(number, layer, q, k, v, self._positions, self._slots)
+        q = device.append(number, norms, q, k, v, self._positions, self._slots)
         out = torch.empty_like(q)
         if self._prefill is not None:
             plan = self._prefill
@@ -489,7 +497,7 @@ def _block_m(rows: int, group: int, head_dim: int, dtype: torch.dtype, determini
     return next((m for m in fitting if m >= (32 if deterministic else rows)), fitting[-1])
 
 
-def check_supported(decoder: Decoder, page_size: int) -> None:
+def check_supported(decoder: DecoderLike, page_size: int) -> None:
     """Raise ValueError for a decoder or page size that the kernels do not support, naming the limit."""
     config = decoder.config
     group = config.num_heads // config.num_kv_heads

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
@@ -13,12 +15,22 @@ from anabranch.kernels.norms import rms_norm_residual
 from anabranch.kernels.swiglu import swiglu_packed
 from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.linear import Linear
-from anabranch.runtime.model import Layer
+from anabranch.runtime.model import DecoderLike, Layer
 
-Attend: TypeAlias = Callable[[int, Layer, Tensor, Tensor, Tensor], Tensor]
-"""attend(number, layer, q, k, v) -> out
 
-q, out: [num_rows, num_heads, head_dim]; k, v: [num_rows, num_kv_heads, head_dim], neither normed nor rotated.
+class HeadNorms(Protocol):
+    """The weights of the norms of each head that are still to be applied, or None."""
+
+    @property
+    def q_norm(self) -> Tensor | None: ...
+    @property
+    def k_norm(self) -> Tensor | None: ...
+
+
+Attend: TypeAlias = Callable[[int, HeadNorms, Tensor, Tensor, Tensor], Tensor]
+"""attend(number, norms, q, k, v) -> out
+
+q, out: [num_rows, num_heads, head_dim]; k, v: [num_rows, num_kv_heads, head_dim]; not normed by `norms`, not rotated.
 """
 
 
@@ -52,8 +64,8 @@ class DeviceForward:
         self._block_m = block_m
         _ = decoder.lm_head.weight
 
-    def __call__(self, token_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """token_ids: int64 [num_rows]. rows: int64, whose logits are wanted; None for all.
+    def __call__(self, token_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """token_ids, positions: whole numbers [num_rows]. rows: int64, whose logits are wanted; None for all.
 
         Returns fp32 [num_rows or len(rows), num_logits of the decoder].
         """
@@ -80,3 +92,27 @@ class DeviceForward:
         if self._fixed:
             return fixed_linear(x, linear.weight, linear.bias, block_m=self._block_m)
         return torch.nn.functional.linear(x, linear.weight, linear.bias)
+
+
+class CallbackForward:
+    """A decoder of another kind behind the same call: its own layers, with attention by the callback."""
+
+    def __init__(self, decoder: DecoderLike) -> None:
+        self._decoder = decoder
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """As `DeviceForward`'s."""
+        wanted = torch.arange(len(token_ids), device=token_ids.device) if rows is None else rows
+        return self._decoder.forward(token_ids, positions.long(), partial(_attend, attend), wanted).float()
+
+
+@dataclass(frozen=True, slots=True)
+class _NoNorms:
+    """A decoder that is called back with heads that are normed already."""
+
+    q_norm: None = None
+    k_norm: None = None
+
+
+def _attend(attend: Attend, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(number, _NoNorms(), q, k, v)

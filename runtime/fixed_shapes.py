@@ -177,11 +177,13 @@ def _check_elementwise(random: Callable[..., Tensor], decoder: Decoder) -> None:
                 raise _refused("an elementwise function")
 
 
+def not_deterministic(reason: str, help: str = "run without `--deterministic`") -> PlanError:
+    """The error for what cannot keep a row's bits."""
+    return PlanError(Diagnostic("not-deterministic", reason, help=help))
+
+
 def _refused(what: str) -> PlanError:
-    return PlanError(
-        Diagnostic(
-            "not-deterministic",
-            f"{what} gives a row other bits beside other rows on this machine, whatever the size of the call",
-            help="run without `--deterministic`, or with another build of torch or another dtype",
-        )
+    return not_deterministic(
+        f"{what} gives a row other bits beside other rows on this machine, whatever the size of the call",
+        "run without `--deterministic`, or with another build of torch or another dtype",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,47 @@ q and k are normed (where the model does that) but not rotated: a query is rotat
 The callback owns rotation, the cache, visibility and the layer's sliding window; query head h reads key-value head
 h // (num_heads / num_kv_heads), and logits are scaled by head_dim ** -0.5.
 """
+
+
+class DecoderLike(Protocol):
+    """What an engine needs of a model; `Decoder` is one, `runtime.hf.HfDecoder` another.
+
+    config: of the shape: layers, heads and their size, rotary frequencies, windows, `max_context`; what else is in it
+        is the decoder's own matter
+    dtype: of queries, keys and values; torch.float32 or torch.float64 where `packed`
+    device: where its tensors are
+    packed: True for the engine's own attention on a CPU; False for the ops of `kernels/`, on a CPU or a GPU
+    num_logits: how many tokens may be drawn
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def num_logits(self) -> int: ...
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        logit_rows: Tensor,
+        shapes: FixedShapes | None = None,
+    ) -> Tensor:
+        """Feed tokens through every layer, calling `attend` once in each, in order; rows must not meet but there.
+
+        As `Decoder.forward`. Rows of one call may be of different threads, whatever their order and positions.
+        """
+        ...
+
+    def fixed_shapes(self) -> FixedShapes:
+        """Sizes of calls that agree bit for bit. Raises PlanError `not-deterministic` where it cannot say."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

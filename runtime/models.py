@@ -16,7 +16,7 @@ from anabranch.dsl.diagnostics import Diagnostic, PlanError, did_you_mean
 from anabranch.runtime import smollm2
 from anabranch.runtime.chat import Chat, RawChat, read_chat
 from anabranch.runtime.config import ModelConfig, bad_model
-from anabranch.runtime.model import Decoder
+from anabranch.runtime.model import Decoder, DecoderLike
 from anabranch.runtime.random_model import random_config, random_weights
 from anabranch.runtime.tokenizer import Tokenizer, byte_tokenizer
 from anabranch.runtime.weights import GgufFile, SafetensorsFolder
@@ -32,7 +32,7 @@ class LoadedModel:
     fingerprint: hex digits that differ between models; weights of a folder are sampled, not read whole
     """
 
-    decoder: Decoder
+    decoder: DecoderLike
     tokenizer: Tokenizer
     chat: Chat
     name: str

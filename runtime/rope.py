@@ -33,6 +33,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
             return _llama3(rope, plain)
         case "yarn":
             return _yarn(rope, head_dim, powers)
+        case "given":
+            return torch.tensor(rope.frequencies, dtype=torch.float32)
         case _:
             assert_never(rope.kind)
 

@@ -35,7 +35,7 @@ from anabranch.runtime.device import (
     rotary_factors,
     windows,
 )
-from anabranch.runtime.device_forward import DeviceForward
+from anabranch.runtime.device_forward import Attend, DeviceForward, HeadNorms
 from anabranch.runtime.linear import Linear
 from anabranch.runtime.model import Decoder, Layer
 from anabranch.runtime.task_plan import Row
@@ -123,21 +123,21 @@ class _Step(nn.Module):
         ):
             self.register_buffer(name, of)
 
-    def run(self, token_ids: Tensor, attend: Any, rows: Tensor | None) -> Tensor:
+    def run(self, token_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         """The layers, with attention by `attend`: fp32 [num_rows or len(rows), num_logits]."""
         layers = tuple(cast(_LayerWeights, layer).layer() for layer in self.layers)
         head = Linear(self.embedding[: self.num_logits], pack=False) if self.lm_head is None else self.lm_head.linear()
         weights = _Weights(self.config, self.embedding, layers, self.final_norm, head)
-        return DeviceForward(weights, fixed=False)(token_ids, attend, rows)
+        return DeviceForward(weights, fixed=False)(token_ids, positions, attend, rows)
 
     def append(
-        self, number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
+        self, norms: HeadNorms, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
         k_pool: Tensor, v_pool: Tensor,
     ) -> Tensor:  # fmt: skip
         """Write a layer's keys and values; returns the queries as attention takes them."""
         return rope_append(
             q, k, v, positions, slots, self.cos, self.sin, k_pool, v_pool,
-            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_norm_eps,
+            q_norm=norms.q_norm, k_norm=norms.k_norm, eps=self.config.rms_norm_eps,
         )  # fmt: skip
 
 
@@ -164,8 +164,8 @@ class DecodeStep(_Step):
         if row_parts_indptr.shape[0] != token_ids.shape[0] + 1:
             raise ValueError(f"row_parts_indptr has {row_parts_indptr.shape[0]} entries, not num_rows + 1")
 
-        def attend(number: int, layer: Layer, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
-            q = self.append(number, layer, q, new_k, new_v, positions, slots, k[number], v[number])
+        def attend(number: int, norms: HeadNorms, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
+            q = self.append(norms, q, new_k, new_v, positions, slots, k[number], v[number])
             out, lse = segment_attention(
                 q, positions, k[number], v[number], self.cos, self.sin, tasks, num_tasks, task_rows, task_pages,
                 page_start, segment_length, num_parts=row_parts.shape[0], scale=self.scale,
@@ -173,7 +173,7 @@ class DecodeStep(_Step):
             )  # fmt: skip
             return merge_parts(out, lse, row_parts_indptr, row_parts, q.dtype)[0]
 
-        return self.run(token_ids, attend, None)
+        return self.run(token_ids, positions, attend, None)
 
 
 class PrefillStep(_Step):
@@ -190,15 +190,15 @@ class PrefillStep(_Step):
         Returns logits, fp32 [num_wanted, num_logits].
         """
 
-        def attend(number: int, layer: Layer, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
-            q = self.append(number, layer, q, new_k, new_v, positions, slots, k[number], v[number])
+        def attend(number: int, norms: HeadNorms, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
+            q = self.append(norms, q, new_k, new_v, positions, slots, k[number], v[number])
             out, _ = segment_prefill(
                 q, positions, k[number], v[number], self.cos, self.sin, blocks, num_blocks, spans, task_pages,
                 page_start, scale=self.scale, window=self.windows[number],
             )  # fmt: skip
             return out
 
-        return self.run(token_ids, attend, logit_rows)
+        return self.run(token_ids, positions, attend, logit_rows)
 
 
 def decode_inputs(device: Device, blocks: Sequence[Block], token_ids: Sequence[int]) -> Inputs:

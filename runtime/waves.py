@@ -25,9 +25,9 @@ from anabranch.runtime.attention import Block
 from anabranch.runtime.automata import Automaton, DfaAutomaton, LinesAutomaton, TooLarge, tables
 from anabranch.runtime.constrain import AutomatonConstraint
 from anabranch.runtime.device import Device, DeviceLists, Reads, runs_read
+from anabranch.runtime.device_forward import HeadNorms
 from anabranch.runtime.drawing import bitmap, penal
 from anabranch.runtime.graphs import Graphs
-from anabranch.runtime.model import Layer
 from anabranch.runtime.pages import Segment
 from anabranch.runtime.task_plan import Overflow, Row
 from anabranch.runtime.tasks import Draw
@@ -390,11 +390,11 @@ class Waves:
         lengths = length.to(torch.int32)
         positions = ints[_Int.POSITION].to(torch.int32)
 
-        def attend(number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = device.append(number, layer, q, k, v, positions, slot)
+        def attend(number: int, norms: HeadNorms, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q = device.append(number, norms, q, k, v, positions, slot)
             return device.attend(number, q, positions, self._lists, lengths, device.capacity.parts)
 
-        logits = device.forward(ints[_Int.TOKEN].contiguous(), attend)
+        logits = device.forward(ints[_Int.TOKEN].contiguous(), positions, attend)
         mask: Tensor | None = None
         state = ints[_Int.STATE]
         if typed:

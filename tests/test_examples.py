@@ -118,6 +118,28 @@ def test_the_python_example_runs() -> None:
     assert "RunEnded" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["own_model", "hf_model"])
+def test_a_model_of_ones_own_runs(name: str) -> None:
+    """The programs that bring a model run as they stand; with either attention the same tokens are drawn."""
+    if name == "hf_model":
+        pytest.importorskip("transformers", minversion="5")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src"), "PYTHONIOENCODING": "utf-8"},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if name == "own_model":
+        engine, ops = done.stdout.splitlines()
+        assert engine.startswith("engine ok") and ops == engine.replace("engine", "ops", 1)
+    else:
+        assert "tokens aliased" in done.stdout
+
+
 def test_the_property_test_finds_its_planted_bug() -> None:
     """Run as a user would: the policy that deadlocks is found, and shrunk to a fork of two on one lane."""
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")}
