@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -14,12 +15,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from anabranch.kernels.jit import HAS_TRITON
 from anabranch.kernels.merge_states import merge_parts
+from anabranch.kernels.norms import MAX_SIZE
 from anabranch.kernels.rope_append import rope_append
+from anabranch.kernels.sample_device import MAX_VOCAB
 from anabranch.kernels.segment_attention import (
     BLOCK_ROWS,
     DTYPES,
     HEAD_DIMS,
+    MAX_PAGES,
     PAGE_BITS,
     PAGE_SIZES,
     TASK_FIRST,
@@ -34,16 +39,20 @@ from anabranch.kernels.segment_attention import (
 )
 from anabranch.kernels.segment_prefill import segment_prefill
 from anabranch.runtime.attention import Block
+from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.device_forward import DeviceForward
+from anabranch.runtime.drawing import upload
 from anabranch.runtime.model import Decoder, Layer
 from anabranch.runtime.pages import PagePool, Saved, Segment
 from anabranch.runtime.rope import rope_table
-from anabranch.runtime.task_plan import Capacity, Overflow, Planned, Row, TaskLists, TaskPlanner
+from anabranch.runtime.task_plan import CHUNK_TOKENS, Capacity, Overflow, Planned, Row, TaskLists, TaskPlanner
 
 Ints = npt.NDArray[np.int32]
 Reads = list[list[tuple[int, int, int]]]
 """For each row the (first slot, how many, shift) of every run of keys that it attends to."""
 
+PARTS_BYTES = 1 << 30
+"""Most memory for partial states of one layer; it is taken once, and held."""
 STAGES = 3
 """Sets of staging buffers: one is filled while the copies of the others may still be under way."""
 
@@ -64,8 +73,14 @@ class PagedStore:
         device: torch.device,
     ) -> None:
         shape = (pool.num_pages, num_kv_heads, pool.page_size, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        size = 2 * num_layers * math.prod(shape) * dtype.itemsize
+        try:
+            self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+            raise ValueError(
+                f"a pool of {pool.num_pages} pages takes {size / 2**30:.1f} GiB, more than {device} has left"
+            ) from error
         self._page_size = pool.page_size
 
     def save(self, segment: Segment) -> Saved:
@@ -180,14 +195,7 @@ class Device:
         self.cos, self.sin = cos[:, :half].contiguous(), sin[:, half:].contiguous()
         self.windows = tuple(w or 0 for w in config.sliding_window) or (0,) * config.num_layers
         self.block_m = _block_m(lanes * group, group, config.head_dim, decoder.dtype, deterministic)
-        self.capacity = Capacity(
-            rows=lanes + chunk,
-            tasks=max(256, 128 * lanes),
-            task_rows=max(2048, 1024 * lanes),
-            pages=max(4096, 1024 * lanes),
-            parts=max(512, 256 * lanes),
-            chunks=max(512, 256 * lanes),
-        )
+        self.capacity = _capacity(config, pool, lanes, chunk, self.device)
         self.planner = self._planner(self.capacity)
         self._lists = DeviceLists(self.capacity, self.device)
 
@@ -293,20 +301,20 @@ class StepOnDevice:
                 slots.append(block.segment.slot(index))
                 positions.append(block.segment.start + index)
         self.num_rows = len(slots)
-        self._slots = torch.tensor(slots, dtype=torch.int64, device=device.device)
-        self._positions = torch.tensor(positions, dtype=torch.int32, device=device.device)
+        self._slots = upload(torch.tensor(slots, dtype=torch.int64), device.device)
+        self._positions = upload(torch.tensor(positions, dtype=torch.int32), device.device)
         self._decoding = [row for row, _ in decoding]
         self._lengths = [block.first + 1 for _, block in decoding]
         self._groups = device.lists_for(_decode_rows([block for _, block in decoding]))
         self._prefill = _Prefill(prefilled, size, device.device) if prefilled else None
-        self._index = torch.tensor(self._decoding, dtype=torch.int64, device=device.device)
-        self._row_lengths = torch.tensor(self._lengths, dtype=torch.int32, device=device.device)
+        self._index = upload(torch.tensor(self._decoding, dtype=torch.int64), device.device)
+        self._row_lengths = upload(torch.tensor(self._lengths, dtype=torch.int32), device.device)
 
     def logits(self, tokens: Sequence[int], wanted: Sequence[int]) -> Tensor:
         """fp32 [len(wanted), num_logits] of the rows `wanted`."""
         device = self._device.device
-        ids = torch.tensor(tokens, dtype=torch.int64, device=device)
-        rows = torch.tensor(wanted, dtype=torch.int64, device=device)
+        ids = upload(torch.tensor(tokens, dtype=torch.int64), device)
+        rows = upload(torch.tensor(wanted, dtype=torch.int64), device)
         return self._device.forward(ids, self._attend, rows)
 
     def reads(self) -> Reads:
@@ -383,9 +391,11 @@ class _Prefill:
         self._blocks, self._spans = blocks, spans
         self._pages = np.concatenate(pages)
         self.blocks, self.spans, self.num_blocks = (
-            torch.tensor(x, dtype=torch.int32, device=device) for x in (blocks, spans, [len(blocks)])
+            upload(torch.tensor(x, dtype=torch.int32), device) for x in (blocks, spans, [len(blocks)])
         )
-        self.task_pages, self.page_start = (torch.from_numpy(np.concatenate(x)).to(device) for x in (pages, starts))
+        self.task_pages, self.page_start = (
+            upload(torch.from_numpy(np.concatenate(x)), device) for x in (pages, starts)
+        )
 
     def reads(self, found: Reads, page_size: int) -> None:
         """Fill in the rows of these blocks."""
@@ -481,6 +491,21 @@ def _capacity_of(row: Row, page_size: int) -> Capacity:
     return Capacity(1, most, most, 2 * pages + (1 << 16), most, most)
 
 
+def _capacity(config: ModelConfig, pool: PagePool, lanes: int, chunk: int, device: torch.device) -> Capacity:
+    """Room for a wave of `lanes`, whose contexts may fill the pool. What does not fit runs as a step of its own."""
+    chunk_pages = CHUNK_TOKENS // pool.page_size
+    # An eighth of a chunk a lane and run is empty on average, and what was planned before stays a while.
+    pages = min(1 << 22, 2 * pool.num_pages + 4 * lanes * chunk_pages)
+    chunks = pages // chunk_pages + 64 * lanes
+    # Each task of the wave makes as many partial states as it has rows, all of which take memory for good.
+    state_bytes = 4 * config.num_heads * (config.head_dim + 1)
+    parts = max(
+        4 * lanes, min(256 * lanes, (PARTS_BYTES if device.type == "cuda" else PARTS_BYTES >> 4) // state_bytes)
+    )
+    tasks = min(max(256, 128 * lanes, chunks), 1 << 20)
+    return Capacity(rows=lanes + chunk, tasks=tasks, task_rows=8 * tasks, pages=pages, parts=parts, chunks=chunks)
+
+
 def _block_m(rows: int, group: int, head_dim: int, dtype: torch.dtype, deterministic: bool) -> int:
     """The decode tile, which must hold a query group: no larger than the rows need, or a constant."""
     fitting = [m for m in BLOCK_ROWS if m >= group and supports(m, head_dim, dtype)]
@@ -500,5 +525,14 @@ def _check(decoder: Decoder, pool: PagePool, group: int) -> None:
     most = max(m for m in BLOCK_ROWS if supports(m, config.head_dim, decoder.dtype))
     if group > most:
         raise ValueError(f"{group} query heads a KV head are not supported: at most {most}")
-    if pool.num_pages < 1:
-        raise ValueError("a pool holds at least one page")
+    if not 1 <= pool.num_pages <= MAX_PAGES:
+        raise ValueError(f"a pool of {pool.num_pages} pages is not supported: it has from 1 to {MAX_PAGES}")
+    for what, number, limit in (
+        ("tokens in the vocabulary", decoder.num_logits, MAX_VOCAB),
+        ("numbers in a row", config.hidden_size, MAX_SIZE),
+        ("numbers in the table of positions", config.max_context * config.head_dim // 2, 2**31 - 1),
+    ):
+        if number > limit:
+            raise ValueError(f"{number} {what} are not supported: at most {limit}")
+    if decoder.device.type == "cuda" and not HAS_TRITON:
+        raise ValueError("a GPU needs Triton: pip install 'anabranch[gpu]'")

@@ -29,6 +29,7 @@ class Graphs:
         self._device = device
         self._graphs: OrderedDict[tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, Outputs]] = OrderedDict()
         self._pool: Any = None
+        self._stream: Any = None
         self.num_captured = 0
 
     def prepare(self, launch: Launch, count: int, typed: bool, penal: bool, quiet: Callable[[], None]) -> bool:
@@ -43,7 +44,8 @@ class Graphs:
         if len(self._graphs) >= MAX_GRAPHS:
             # One that is still replayed must not lose its memory.
             torch.cuda.synchronize(self._device)
-            self._graphs.popitem(last=False)
+            while len(self._graphs) >= MAX_GRAPHS:
+                self._graphs.popitem(last=False)
         self._graphs[key] = self._capture(launch, *key)
         self.num_captured += 1
         return True
@@ -59,16 +61,12 @@ class Graphs:
         graph.replay()
         return outputs
 
-    def forget(self) -> None:
-        """A buffer moved: what was captured is of no use."""
-        if self._graphs:
-            torch.cuda.synchronize(self._device)
-            self._graphs.clear()
-
     @torch.no_grad()
     def _capture(self, launch: Launch, count: int, typed: bool, penal: bool) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         current = torch.cuda.current_stream(self._device)
-        side: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side = self._stream
         side.wait_stream(current)
         with torch.cuda.stream(side):
             # Compiles the kernels and lets libraries take their workspaces, neither of which can be captured.
@@ -77,6 +75,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # On the same stream, whose workspaces were taken just now. Other threads may go on allocating meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             outputs = launch(count, typed, penal)
         return graph, outputs

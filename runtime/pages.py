@@ -148,8 +148,8 @@ class Segment:
     """Append-only tokens of one thread, from position `start` on; `length` counts those whose K and V are written."""
 
     __slots__ = (
-        "expect", "ids", "length", "number", "pages", "pool", "reach", "ref_count", "sampled", "sealed", "start",
-        "swapped",
+        "epoch", "expect", "ids", "length", "number", "pages", "pool", "reach", "ref_count", "sampled", "sealed",
+        "start", "swapped",
     )  # fmt: skip
 
     def __init__(self, pool: PagePool, start: int, *, expect: int = 1, pages: Sequence[int] = ()) -> None:
@@ -163,6 +163,7 @@ class Segment:
         self.ref_count = 1
         self.expect = expect
         self.reach = 0
+        self.epoch = 0  # raised when what was written is no longer there: whoever wrote ahead must begin anew
         self.ids: list[int] = []
         self.sampled = bytearray()  # beside `ids`: 1 where the token was drawn
         # What KvStore.save gave, while the pages are somebody else's.
@@ -205,6 +206,7 @@ class Segment:
         if length > self.length:
             raise ValueError(f"cannot trim {self.length} tokens to {length}")
         held = self.num_pages
+        self.epoch += 1
         self.length = length
         del self.ids[length:], self.sampled[length:]
         if held > self.num_pages:
@@ -234,6 +236,7 @@ class Segment:
         if self.sealed or self.swapped is not None or not self.pages:
             raise RuntimeError("only an open segment that holds pages is swapped out")
         self._settle()
+        self.epoch += 1
         self.swapped = store.save(self)
         self._note(recording.SwapOut(self.number))
         self.pool.release(self.pages)
@@ -255,6 +258,7 @@ class Segment:
         if self.sealed:
             raise RuntimeError("a sealed segment is never emptied")
         ids, self.ids, self.sampled = self.ids, [], bytearray()
+        self.epoch += 1
         self._settle()
         self.length = 0
         self.pool.release(self.pages)
@@ -298,7 +302,7 @@ class Segment:
 
     def _settle(self) -> None:
         if self.reach:
-            self.pool.unhint(self.pages[-1] + 1 if self.pages else 0, self.reach)
+            self.pool.unhint(self.reach - self.expect, self.reach)
             self.reach = 0
 
 
