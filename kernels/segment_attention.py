@@ -183,7 +183,7 @@ def segment_attention_torch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition of `segment_attention`: each task's keys are gathered, and attended to in fp32.
 
-    Rows are padded to what a tile holds, as in the kernel, so that a row's bits do not depend on the others of its task.
+    Row by row, so that here, too, a row's bits do not depend on the others of its task.
     """
     _, num_heads, head_dim = q.shape
     out = q.new_zeros(num_parts, num_heads, head_dim, dtype=torch.float32)
@@ -200,8 +200,10 @@ def segment_attention_torch(
         visible = torch.ones(num_rows, len(position), dtype=torch.bool)
         if window:
             visible = angle[:, None] - position[None, :] < window
-        states, sums = attention_torch(rotated, keys, values, visible, scale=scale)
-        out[part : part + num_rows], lse[part : part + num_rows] = states[:num_rows], sums[:num_rows]
+        for row in range(num_rows):
+            one = slice(row, row + 1)
+            found = attention_torch(rotated[one], keys, values, visible[one], scale=scale)
+            out[part + row], lse[part + row] = found[0][0], found[1][0]
     return out, lse
 
 

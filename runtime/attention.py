@@ -34,6 +34,7 @@ class Block:
     """The rows that one thread feeds: tokens first..first+count of `segment`, which already owns their slots.
 
     owner: the thread's number, where that is known
+    forks: see `Context`
     """
 
     view: View | None
@@ -41,6 +42,7 @@ class Block:
     first: int
     count: int
     owner: int | None = None
+    forks: tuple[View, ...] = ()
 
 
 @dataclass(slots=True)

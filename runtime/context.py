@@ -43,10 +43,11 @@ class Context:
     position: of the next token to be written; the unfed ones come before it
     role: None before any chat turn, "between" turns, or "assistant" while that turn stands open
     logits: [vocab] of the last token, or None where they are not at hand
+    forks: the views that ancestors handed to the forks this thread stands in, outermost first, from a `fresh` one on
     owner: number of the thread whose context it is; None once it is over, so that nothing more is recorded of it
     """
 
-    __slots__ = ("expect", "logits", "owner", "pool", "position", "role", "segment", "unfed", "view")
+    __slots__ = ("expect", "forks", "logits", "owner", "pool", "position", "role", "segment", "unfed", "view")
 
     def __init__(self, pool: PagePool, view: View | None, position: int, role: str | None) -> None:
         self.pool = pool
@@ -57,6 +58,7 @@ class Context:
         self.unfed: list[Unfed] = []
         self.logits: Tensor | None = None
         self.expect = 1
+        self.forks: tuple[View, ...] = ()
         self.owner: int | None = None
 
     def push(self, token_ids: Iterable[int], row: Row) -> None:

@@ -288,7 +288,7 @@ class StepOnDevice:
         self._positions = torch.tensor(positions, dtype=torch.int32, device=device.device)
         self._decoding = [row for row, _ in decoding]
         self._lengths = [block.first + 1 for _, block in decoding]
-        self._groups = device.lists_for([Row(block.view, block.segment) for _, block in decoding])
+        self._groups = device.lists_for([Row(block.view, block.segment, block.forks) for _, block in decoding])
         self._prefill = _Prefill(prefilled, size, device.device) if prefilled else None
         self._index = torch.tensor(self._decoding, dtype=torch.int64, device=device.device)
         self._row_lengths = torch.tensor(self._lengths, dtype=torch.int32, device=device.device)
@@ -455,10 +455,9 @@ def _capacity_of(row: Row, page_size: int) -> Capacity:
 
 
 def _block_m(rows: int, group: int, head_dim: int, dtype: torch.dtype, deterministic: bool) -> int:
-    """The decode tile, which must hold a query group: no larger than the rows need."""
-    most = 32 if deterministic else 128
+    """The decode tile, which must hold a query group: no larger than the rows need, or a constant."""
     fitting = [m for m in BLOCK_ROWS if m >= group and supports(m, head_dim, dtype)]
-    return next((m for m in fitting if m >= min(rows, most)), fitting[-1])
+    return next((m for m in fitting if m >= (32 if deterministic else rows)), fitting[-1])
 
 
 def _check(decoder: Decoder, pool: PagePool, group: int) -> None:

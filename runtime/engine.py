@@ -713,6 +713,7 @@ class Engine:
             context = Context(self.pool, outer.view, outer.position, outer.role)
             context.owner = number
             context.logits = outer.logits
+            context.forks = outer.forks if outer.view is None else (*outer.forks, outer.view)
             parent.run.counts["tokens_aliased"] += outer.view.total_tokens if outer.view is not None else 0
         names = dict(branch.names) if fork.callee is not None else child_names(parent.names, branch.names)
         task = Task(
@@ -1077,7 +1078,7 @@ class Engine:
     ) -> recording.Kinds:
         """Take rows of a context into the step; returns their kinds."""
         fed, segment, first = context.take(count)
-        blocks.append(Block(context.view, segment, first, count, context.owner))
+        blocks.append(Block(context.view, segment, first, count, context.owner, context.forks))
         rows = work.task.run.rows
         kinds: list[tuple[str, int]] = []
         for unfed in fed:

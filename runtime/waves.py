@@ -27,7 +27,7 @@ from anabranch.runtime.constrain import AutomatonConstraint
 from anabranch.runtime.device import Device, DeviceLists, Reads, runs_read
 from anabranch.runtime.graphs import Graphs
 from anabranch.runtime.model import Layer
-from anabranch.runtime.pages import Segment, View
+from anabranch.runtime.pages import Segment
 from anabranch.runtime.task_plan import Overflow, Row
 from anabranch.runtime.tasks import Draw
 
@@ -112,13 +112,13 @@ class _Launch:
 class _Seat:
     """A seated lane.
 
+    block: the row that it was seated with
     taken: tokens of its segment that the host knows; most: tokens that it may ever hold; pages: as they were laid out
     """
 
     row: int
     draw: Draw
-    view: View | None
-    segment: Segment
+    block: Block
     taken: int
     most: int
     pages: list[int] = field(default_factory=list)
@@ -222,11 +222,9 @@ class Waves:
         fresh: list[tuple[_Seat, LaneStep]] = []
         for lane in wanted:
             if id(lane.draw) not in self._by_draw:
-                segment = lane.block.segment
                 taken = lane.block.first
-                seat = _Seat(
-                    free[len(fresh)], lane.draw, lane.block.view, segment, taken, taken + lane.draw.generation.left
-                )
+                most = taken + lane.draw.generation.left
+                seat = _Seat(free[len(fresh)], lane.draw, lane.block, taken, most)
                 fresh.append((seat, lane))
         for seat, _ in fresh:
             self._seats[seat.row] = seat
@@ -241,8 +239,8 @@ class Waves:
         block = lane.block
         return (
             seat.draw is lane.draw
-            and seat.segment is block.segment
-            and seat.view is block.view
+            and seat.block.segment is block.segment
+            and seat.block.view is block.view
             and seat.taken == block.first
             and block.segment.pages[: len(seat.pages)] == seat.pages
         )
@@ -294,7 +292,7 @@ class Waves:
         if seat.fed >= seat.most:
             return False
         size = self._device.page_size
-        return seat.fed < len(seat.segment.pages) * size or self._num_free() > 2 * self._lanes
+        return seat.fed < len(seat.block.segment.pages) * size or self._num_free() > 2 * self._lanes
 
     def _launch(self, due: Sequence[_Seat]) -> bool:
         """Step the lanes `due`; False if the lists have no room for those that are seated."""
@@ -341,25 +339,25 @@ class Waves:
         """Pages for what a launch feeds, and lists that hold them; False if these overflow."""
         size = self._device.page_size
         for seat in due:
-            pages = len(seat.segment.pages)
+            pages = len(seat.block.segment.pages)
             if seat.fed + 1 > pages * size:
                 # The pages of a horizon at once, where there are many; else the one that is needed.
                 far = min(seat.fed + HORIZON, seat.most)
                 roomy = self._num_free() > self._lanes * (2 + HORIZON // size)
-                seat.segment.reserve(far if roomy else seat.fed + 1)
-            if len(seat.segment.pages) != len(seat.pages):
+                seat.block.segment.reserve(far if roomy else seat.fed + 1)
+            if len(seat.block.segment.pages) != len(seat.pages):
                 self._stale = True
         if not self._stale:
             return True
         count = max(self._seats) + 1
         rows: list[Row | None] = [None] * count
         for row, seat in self._seats.items():
-            rows[row] = Row(seat.view, seat.segment)
+            rows[row] = Row(seat.block.view, seat.block.segment, seat.block.forks)
         if isinstance(self._lists.plan(self._device.planner, rows), Overflow):
             return False
         self.num_planned += 1
         self._stale = False
-        most = max(len(seat.segment.pages) for seat in self._seats.values())
+        most = max(len(seat.block.segment.pages) for seat in self._seats.values())
         if most > self._page_table.shape[1]:
             # Graphs hold the old table's address.
             wide = 1 << (most - 1).bit_length()
@@ -367,7 +365,7 @@ class Waves:
             self._graphs.forget()
         table = torch.zeros(count, most, dtype=torch.int64)
         for row, seat in self._seats.items():
-            seat.pages = list(seat.segment.pages)
+            seat.pages = list(seat.block.segment.pages)
             table[row, : len(seat.pages)] = torch.tensor(seat.pages)
         self._page_table[:count, :most] = table.to(self._page_table.device)
         return True

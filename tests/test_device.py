@@ -176,7 +176,11 @@ def test_lanes_that_are_preempted_go_on_elsewhere(preempt: Literal["swap", "reco
 
     plan = """
     go = plan() {
-      x = fork(5) { a = gen("k", type=regex("([ab][0-9]){25}"), max=70); b = gen("so", max=9); return(a); } join(all, drop);
+      x = fork(5) {
+        a = gen("k", type=regex("([ab][0-9]){25}"), max=70);
+        b = gen("so", max=9);
+        return(a);
+      } join(all, drop);
       z = gen(" then", max=3);
       return(x);
     }
