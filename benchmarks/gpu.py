@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 600
 GRACE_S = 20
-"""A stage looks at the time between two cases; when it has not ended by itself so long after its limit, it is killed."""
+"""A stage looks at the time between two cases. One that has not ended so long after its limit is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="build/gpu by default")
     parser.add_argument("--again", action="store_true", help="forget what the chosen stages found before")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, metavar="S", help=f"for each stage; {LIMIT_S}")
-    parser.add_argument("--triton-cache", type=Path, metavar="DIR", help="Triton's compiled kernels, kept for later runs")
+    parser.add_argument(
+        "--triton-cache", type=Path, metavar="DIR", help="Triton's compiled kernels, kept for later runs"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda by default: the first card")
     parser.add_argument("--small", action="store_true", help="tiny sizes: they try the script and measure nothing")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
@@ -150,7 +152,8 @@ def work(options: argparse.Namespace) -> int:
     [stage] = (each for each in STAGES if each.name == options.worker)
     file = options.out / f"{stage.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    settings = facts(options.device) | {"small": options.small}
+    found = facts(options.device)
+    settings = {key: found[key] for key in ("card", "torch", "triton", "source")} | {"small": options.small}
     log = Log(stage.name, file, settings, device=options.device, small=options.small, limit_s=options.limit_s)
     missing = [name for name in stage.needs if find_spec(name) is None]
     if missing:
@@ -166,7 +169,7 @@ def work(options: argparse.Namespace) -> int:
             raise
         else:
             log.end("skipped" if reason else "failed" if log.failures else "ok", reason or "; ".join(log.failures[:3]))
-    return 0
+    return int(bool(log.failures))
 
 
 def prepare() -> None:
@@ -191,7 +194,7 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> int:
         print(f"\n{'target':<{width}} {'found':>9} {'wanted':>18}")
         for target in targets:
             wanted = f"{target['sense']} {target['limit']:g}"
-            verdict = "met" if target["met"] else "missed"
+            verdict = "tiny" if options.small else "met" if target["met"] else "missed"
             print(f"{target['name']:<{width}} {target['found']:>9.3f} {wanted:>18}  {verdict}")
     keep = ("status", "reason", "elapsed_s", "settings", "failures", "headlines")
     summary = {name: {key: stage[key] for key in keep if key in stage} for name, stage in stages.items()}

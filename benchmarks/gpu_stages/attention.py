@@ -2,8 +2,8 @@
 
 *counted* is the bytes that the tasks read and write (K and V, partial states, q and o) in the time that was measured,
 as a share of the bandwidth of a large copy; *unique* is the bytes of K and V that there are, each once. Peers work on
-the same values: SDPA with one attention a branch over a copy of its own of all that it sees, FlexAttention over all keys
-under a mask, and FlashInfer's cascade over the very pages, where it is installed.
+the same values: SDPA with one attention a branch over a copy of its own of all that it sees, FlexAttention over all
+keys under a mask, and FlashInfer's cascade over the very pages, where it is installed.
 """
 
 from __future__ import annotations

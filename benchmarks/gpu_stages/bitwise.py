@@ -43,7 +43,9 @@ def decoding(log: Log, model: Decoder) -> Figures:
 
     prefix = written(long, None)
     views = [prefix, written(21, prefix), written(3, prefix), written(5, None)]
-    lane = rig.lane(View(prefix, [*views[1].entries, *views[2].entries]), 9)
+    # As branches: of a fork behind the prefix, of one further on, of another altogether.
+    forks = [(prefix,), (prefix, views[1]), (prefix,), (views[3],)]
+    lane = rig.lane(View(prefix, [*views[1].entries, *views[2].entries]), 9, forks=(prefix,))
     rig.feed(lane.segment, [draw.randrange(vocab) for _ in range(7)], lane.view)
     kept = lane.segment.length
     expected: Tensor | None = None
@@ -52,7 +54,8 @@ def decoding(log: Log, model: Decoder) -> Figures:
     for others in companies:
         company = []
         for _ in range(others):
-            other = rig.lane(draw.choice(views), draw.randrange(vocab))
+            which = draw.randrange(len(views))
+            other = rig.lane(views[which], draw.randrange(vocab), forks=forks[which])
             rig.feed(other.segment, [draw.randrange(vocab) for _ in range(draw.randrange(1, 40))], other.view)
             company.append(other)
         rig.waves.leave()
@@ -71,13 +74,16 @@ def decoding(log: Log, model: Decoder) -> Figures:
 
 
 def prefilling(log: Log, model: Decoder) -> Figures:
-    """The last row of a prompt, fed whole, in chunks of several sizes, and in one step with other prompts."""
+    """The last row of a prompt, fed whole, in chunks of several sizes, and in one step with other prompts.
+
+    The definition of prefill keeps no law of bits, so that on a CPU differences are counted and no more.
+    """
     rig = Rig(model, lanes=4, pages=4096, deterministic=True)
     draw = random.Random(1)
     vocab = model.config.vocab_size
     prompt = [draw.randrange(vocab) for _ in range(50 if log.small else 400)]
     found: list[Tensor] = []
-    for chunk in (len(prompt), 128, 33, 16):
+    for chunk in (len(prompt), len(prompt) - 1, 128, 33, 16):
         rig.chunk = chunk
         segment = Segment(rig.pool, 0)
         found.append(rig.feed(segment, prompt).cpu())
@@ -95,4 +101,5 @@ def prefilling(log: Log, model: Decoder) -> Figures:
             segment.drop()
     different = sum(not torch.equal(each, found[0]) for each in found)
     figures: Figures = {"ways": len(found), "different": different}
-    return figures | ({"error": f"{different} of {len(found)} ways change the bits"} if different else {})
+    failed = different and log.device.type == "cuda"
+    return figures | ({"error": f"{different} of {len(found)} ways change the bits"} if failed else {})

@@ -156,7 +156,11 @@ def gate(launch: Launch, dtype: torch.dtype, case: tuple[int, int]) -> Pairs:
 
 
 LINEARS = {
-    False: [(*sizes, m) for sizes in ((0, 64, 64), (1, 1, 1), (3, 70, 33), (17, 576, 200), (64, 4096, 1024)) for m in (16, 32)],
+    False: [
+        (*sizes, block_m)
+        for sizes in ((0, 64, 64), (1, 1, 1), (3, 70, 33), (17, 576, 200), (64, 4096, 1024))
+        for block_m in (16, 32)
+    ],
     True: [(3, 70, 33, 16)],
 }  # fmt: skip
 
@@ -180,12 +184,11 @@ def linear(launch: Launch, dtype: torch.dtype, case: tuple[int, int, int, int]) 
 
 APPENDS = {
     False: [
-        (rows, heads, dim, page, norms, first)
-        for (rows, heads, norms, first), dim, page in zip(
-            [(5, (4, 2), False, False), (1, (3, 1), True, False), (33, (32, 8), True, True), (64, (16, 8), False, False),
-             (7, (9, 3), True, False)],
-            (64, 80, 96, 128, 256), (16, 64, 128, 16, 64), strict=True,
-        )
+        (5, (4, 2), 64, 16, False, False),
+        (1, (3, 1), 80, 64, True, False),
+        (33, (32, 8), 96, 128, True, True),
+        (64, (16, 8), 128, 16, False, False),
+        (7, (9, 3), 256, 64, True, False),
     ],
     True: [(3, (3, 1), 80, 16, True, False)],
 }  # fmt: skip
@@ -308,7 +311,7 @@ def prefill(launch: Launch, dtype: torch.dtype, case: tuple[Sizes, int]) -> Pair
     if not supports(block_m, sizes.head_dim, dtype):
         block_m = 64
     made = wave(sizes, dtype)
-    blocks = made.blocks([-(-2 * row.segment.length // 3) for row in made.rows])
+    blocks = made.blocks([max(1, 2 * row.segment.length // 3) for row in made.rows])
     firsts, positions = [], []
     for block in blocks:
         firsts.append((len(positions), block))

@@ -1,8 +1,8 @@
 """Host time from the last token known to the next launch, at a fork and at a stitch, beside prefilling the same again.
 
-The time runs from the return of the step that gave the last token: segments are sealed, views made, lanes seated, lists
-planned and their copies started. It ends where the next launch is asked for. No token is flushed: what a stitch may have
-to feed of its branches' last tokens is a launch of its own.
+The time runs from the return of the step that gave the last token: segments are sealed, views made, lanes seated,
+lists planned and their copies started. It ends where the next launch is asked for. No token is flushed: what a stitch
+may have to feed of its branches' last tokens is a launch of its own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def times(model: Decoder, prefix: int, length: int, repeats: int) -> Figures:
         begin = time.perf_counter()
         parent.segment.seal()
         view = View(base, [Entry(parent.segment)])
-        branches = [rig.lane(view, token) for token in range(1, BRANCHES + 1)]
+        branches = [rig.lane(view, token, forks=(view,)) for token in range(1, BRANCHES + 1)]
         rig.step(branches)
         fork = launched[0] - begin
         rig.waves.leave()

@@ -15,9 +15,7 @@ from anabranch.runtime.pages import Entry, Segment, View
 from gpu_stages.log import Figures, Log
 from gpu_stages.rig import SHAPE_SMALL, Eager, Rig, decoder, shape
 
-SHAPE = shape(
-    layers=4, hidden=1024, heads=(16, 8), head_dim=128, ff=3072, vocab=32000, context=1 << 13, qk_norm=True
-)
+SHAPE = shape(layers=4, hidden=1024, heads=(16, 8), head_dim=128, ff=3072, vocab=32000, context=1 << 13, qk_norm=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES = 16
 
@@ -64,7 +62,7 @@ def play(
     rig.feed(prompt, [(7 * i + 3) % model.config.vocab_size for i in range(37 if steps < 40 else 1100)])
     prompt.seal()
     prefix = View(None, [Entry(prompt)])
-    lanes = [rig.lane(prefix, token) for token in range(1, 8)]
+    lanes = [rig.lane(prefix, token, forks=(prefix,)) for token in range(1, 8)]
     everyone = list(lanes)
     logits: list[Tensor] = []
 

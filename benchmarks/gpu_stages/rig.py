@@ -1,7 +1,7 @@
 """A random-weight model with the wave executor, driven without an engine: nothing but torch and Triton is needed.
 
-A `Lane` is one thread that draws: its view, its open segment, its last token. `Rig.step` gives every lane its next token
-as an engine would ask for it.
+A `Lane` is one thread that draws: its view, its open segment, its last token. `Rig.step` gives every lane its next
+token as an engine would ask for it.
 """
 
 from __future__ import annotations
@@ -122,9 +122,13 @@ class Text:
 
 @dataclass
 class Lane:
-    """One thread. token: drawn, and not fed yet; drawn: so many in all; logits: what the last was drawn from."""
+    """One thread. token: drawn, and not fed yet; drawn: so many in all; logits: what the last was drawn from.
+
+    forks: as a `Block` has them
+    """
 
     view: View | None
+    forks: tuple[View, ...]
     segment: Segment
     token: int
     draw: Draw
@@ -176,24 +180,24 @@ class Rig:
             logits = step.logits(part, [len(part) - 1])
         return logits[0]
 
-    def lane(self, view: View | None, token: int, *, temperature: float = 0.8, left: int = 1 << 20) -> Lane:
-        """A thread that goes on behind `view` with `token`."""
+    def lane(self, view: View | None, token: int, *, forks: tuple[View, ...] = ()) -> Lane:
+        """A thread that goes on behind `view` with `token`, and draws without end."""
         segment = Segment(self.pool, 0 if view is None else view.total_tokens)
         parameters: dict[str, float] = {
-            "temperature": temperature, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0,
+            "temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
         }  # fmt: skip
         self._num_lanes += 1
-        text: Any = Text(left)
+        text: Any = Text(1 << 20)
         node: Any = None
-        return Lane(view, segment, token, Draw(node, text, (self._num_lanes, 77), parameters, False))
+        return Lane(view, forks, segment, token, Draw(node, text, (self._num_lanes, 77), parameters, False))
 
     def step(self, lanes: Sequence[Lane]) -> list[Drawn]:
         """The next token of each lane."""
         wanted = []
         for lane in lanes:
             at = lane.segment.append([lane.token])
-            block = Block(lane.view, lane.segment, at.start, 1)
+            block = Block(lane.view, lane.segment, at.start, 1, forks=lane.forks)
             wanted.append(LaneStep(lane.draw, block, lane.token, lane.drawn, ()))
         found = self.waves.step(wanted)
         if found is None:

@@ -66,7 +66,7 @@ def step(
     rig = Rig(model, lanes=lanes, pages=pages, run_ahead=2)
     rig.fill()
     view = rig.written(prefix)
-    branches = [rig.lane(view, token) for token in range(1, width + 1)]
+    branches = [rig.lane(view, token, forks=(view,)) for token in range(1, width + 1)]
     for lane in branches:
         lane.segment.append([0] * tail)
     rig.reserve(branches, room - tail)
@@ -76,8 +76,9 @@ def step(
     read = weight_bytes(config, DTYPE) + (prefix + held) * token_bytes(config, DTYPE)
     roofline = read / copied
     return {
-        "replay_us": replay * 1e6, "step_us": wall * 1e6, "roofline_us": roofline * 1e6, "of_roofline": roofline / replay,
-        "tokens_s": width / wall, "block_m": rig.device.block_m, "graphs": rig.graphs.num_captured,
+        "replay_us": replay * 1e6, "step_us": wall * 1e6, "roofline_us": roofline * 1e6,
+        "of_roofline": roofline / replay, "tokens_s": width / wall, "block_m": rig.device.block_m,
+        "graphs": rig.graphs.num_captured,
     }  # fmt: skip
 
 

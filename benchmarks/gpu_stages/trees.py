@@ -75,9 +75,9 @@ class Wave:
     def blocks(self, counts: list[int]) -> list[Block]:
         """The newest `counts` tokens of each row as blocks to be prefilled."""
         return [
-            Block(row.view, row.segment, row.segment.length - min(count, row.segment.length), min(count, row.segment.length))
+            Block(row.view, row.segment, row.segment.length - count, count)
             for row, count in zip(self.rows, counts, strict=True)
-        ]  # fmt: skip
+        ]
 
 
 def wave(sizes: Sizes, dtype: torch.dtype, seed: int = 0) -> Wave:
@@ -152,7 +152,9 @@ def moved(x: Any, device: torch.device) -> Any:
     if not isinstance(x, Tensor) or device.type == "cpu":
         return x
     if not x.is_contiguous():
-        span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        span = (
+            1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        )
         filling = float("nan") if x.is_floating_point() else 0
         whole = torch.full((span,), filling, dtype=x.dtype, device=device)
         return whole.as_strided(x.shape, x.stride()).copy_(x)
