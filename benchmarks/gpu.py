@@ -152,9 +152,14 @@ def work(options: argparse.Namespace) -> int:
     [stage] = (each for each in STAGES if each.name == options.worker)
     file = options.out / f"{stage.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    found = facts(options.device)
-    settings = {key: found[key] for key in ("card", "torch", "triton", "source")} | {"small": options.small}
-    log = Log(stage.name, file, settings, device=options.device, small=options.small, limit_s=options.limit_s)
+    log = Log(
+        stage.name,
+        file,
+        settings(facts(options.device), options),
+        device=options.device,
+        small=options.small,
+        limit_s=options.limit_s,
+    )
     missing = [name for name in stage.needs if find_spec(name) is None]
     if missing:
         log.end("skipped", f"needs {', '.join(missing)}")
@@ -172,6 +177,11 @@ def work(options: argparse.Namespace) -> int:
     return int(bool(log.failures))
 
 
+def settings(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What findings depend on: those under others are not gone on with."""
+    return {key: found[key] for key in ("card", "torch", "triton", "source")} | {"small": options.small}
+
+
 def prepare() -> None:
     """The tree is imported as it lies here, whether or not it is installed."""
     sys.path.insert(0, str(ROOT / "src"))
@@ -181,9 +191,11 @@ def prepare() -> None:
 
 
 def report(options: argparse.Namespace, found: dict[str, Any]) -> int:
-    """Print the table and write the summary of all stages that were ever run; returns the exit status."""
+    """Print the table and write the summary of all stages that were run so; returns the exit status."""
     stages = {stage.name: read(options.out / f"{stage.name}.json") for stage in STAGES}
-    stages = {name: stage for name, stage in stages.items() if stage}
+    # A stage that died before it could say what it ran on has no settings.
+    current = (None, settings(found, options))
+    stages = {name: stage for name, stage in stages.items() if stage and stage.get("settings") in current}
     print(f"\n{'stage':<10} {'status':<10} {'s':>6}  cases")
     for name, stage in stages.items():
         line = f"{name:<10} {stage['status']:<10} {stage.get('elapsed_s', 0):>6.0f}  {len(stage.get('rows', {}))}"

@@ -13,7 +13,7 @@ from anabranch.runtime.model import Decoder
 from anabranch.runtime.pages import Entry, Segment, View
 from gpu_stages.graphs import DTYPES, SHAPE
 from gpu_stages.log import Figures, Log
-from gpu_stages.rig import SHAPE_SMALL, Rig, decoder
+from gpu_stages.rig import SHAPE_SMALL, Rig, decoder, release
 
 COMPANY = (0, 1, 2, 4, 7, 15, 16, 31, 40, 63)
 
@@ -21,10 +21,15 @@ COMPANY = (0, 1, 2, 4, 7, 15, 16, 31, 40, 63)
 def run(log: Log) -> None:
     """Decoding and prefill, every type."""
     config = SHAPE_SMALL if log.small else SHAPE
-    for dtype in DTYPES[:2] if log.small else DTYPES:
+    for dtype in DTYPES[1:2] if log.small else DTYPES:
+        release()
         model = decoder(config, dtype, log.device)
-        log.case(f"decode, {str(dtype)[6:]}", partial(decoding, log, model))
-        log.case(f"prefill, {str(dtype)[6:]}", partial(prefilling, log, model))
+        kind = str(dtype)[6:]
+        length = 50 if log.small else 400
+        log.case(f"decode, {kind}", partial(decoding, log, model))
+        log.case(f"prefill, {kind}", partial(prefilling, log, model, length, (length, 128, 33, 16)))
+        # What is left for the last step is one row, as a decoding one is.
+        log.case(f"prefill, a row left over, {kind}", partial(prefilling, log, model, length, (length, length - 1)))
 
 
 def decoding(log: Log, model: Decoder) -> Figures:
@@ -73,7 +78,7 @@ def decoding(log: Log, model: Decoder) -> Figures:
     return figures | ({"error": f"{different} of {len(companies)} companies change the bits"} if different else {})
 
 
-def prefilling(log: Log, model: Decoder) -> Figures:
+def prefilling(log: Log, model: Decoder, length: int, chunks: tuple[int, ...]) -> Figures:
     """The last row of a prompt, fed whole, in chunks of several sizes, and in one step with other prompts.
 
     The definition of prefill keeps no law of bits, so that on a CPU differences are counted and no more.
@@ -81,9 +86,9 @@ def prefilling(log: Log, model: Decoder) -> Figures:
     rig = Rig(model, lanes=4, pages=4096, deterministic=True)
     draw = random.Random(1)
     vocab = model.config.vocab_size
-    prompt = [draw.randrange(vocab) for _ in range(50 if log.small else 400)]
+    prompt = [draw.randrange(vocab) for _ in range(length)]
     found: list[Tensor] = []
-    for chunk in (len(prompt), len(prompt) - 1, 128, 33, 16):
+    for chunk in chunks:
         rig.chunk = chunk
         segment = Segment(rig.pool, 0)
         found.append(rig.feed(segment, prompt).cpu())

@@ -230,11 +230,17 @@ def append(launch: Launch, dtype: torch.dtype, case: tuple[int, tuple[int, int],
 
 
 _GROUPS = ((4, 2), (3, 1), (32, 8), (8, 8), (5, 1))
+_SIZES = [
+    (dim, heads, PAGE_SIZES[(number + turn) % len(PAGE_SIZES)])
+    for number, (dim, heads) in enumerate(zip(HEAD_DIMS, _GROUPS, strict=True))
+    for turn in range(2)
+]
+"""Every head size with two page sizes: each combination is compiled, and those of all would take too long."""
 ATTENTIONS = {
     False: [
         *(
             Sizes(prefix, rows, 90, heads, dim, page, stitched=3, window=window, chunk=512, head_first=dim == 96)
-            for (dim, heads), page in product(zip(HEAD_DIMS, _GROUPS, strict=True), PAGE_SIZES)
+            for dim, heads, page in _SIZES
             for prefix, rows, window in ((133, 5, 0), (1030, 9, 70))
         ),
         Sizes(1, 1, 1, (2, 1), 64),
@@ -293,7 +299,7 @@ PREFILLS = {
     False: [
         *(
             (Sizes(prefix, 3, 90, heads, dim, page, stitched=2, window=window, head_first=dim == 96), block_m)
-            for (dim, heads), page in product(zip(HEAD_DIMS, _GROUPS, strict=True), PAGE_SIZES)
+            for dim, heads, page in _SIZES
             for prefix, window, block_m in ((133, 0, 16), (1030, 70, 64))
         ),
         (Sizes(1, 1, 1, (2, 1), 64), 16),

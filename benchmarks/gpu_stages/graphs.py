@@ -13,7 +13,7 @@ from torch import Tensor
 from anabranch.runtime.model import Decoder
 from anabranch.runtime.pages import Entry, Segment, View
 from gpu_stages.log import Figures, Log
-from gpu_stages.rig import SHAPE_SMALL, Eager, Rig, decoder, shape
+from gpu_stages.rig import SHAPE_SMALL, Eager, Rig, Watched, decoder, release, shape
 
 SHAPE = shape(layers=4, hidden=1024, heads=(16, 8), head_dim=128, ff=3072, vocab=32000, context=1 << 13, qk_norm=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ LANES = 16
 def run(log: Log) -> None:
     """Every type, with free and with fixed linears."""
     config = SHAPE_SMALL if log.small else SHAPE
-    for dtype in DTYPES[:2] if log.small else DTYPES:
+    for dtype in DTYPES[1:2] if log.small else DTYPES:
         model = decoder(config, dtype, log.device)
         for deterministic in (False, True):
             name = f"{str(dtype)[6:]}{' deterministic' * deterministic}"
@@ -54,10 +54,10 @@ def play(
     model: Decoder, deterministic: bool, ahead: int, steps: int, *, eager: bool
 ) -> tuple[list[list[int]], list[Tensor], Figures]:
     """Each lane's tokens, the logits of each draw, and what the captured graphs take."""
+    release()
     rig = Rig(model, lanes=LANES, pages=2048, deterministic=deterministic, run_ahead=ahead)
-    if eager:
-        rig.graphs = Eager(rig.launch, rig.device.device)
-    before = reserved(rig.device.device)
+    watched = Watched(Eager(rig.launch, rig.device.device) if eager else rig.graphs)
+    rig.graphs = watched
     prompt = Segment(rig.pool, 0)
     rig.feed(prompt, [(7 * i + 3) % model.config.vocab_size for i in range(37 if steps < 40 else 1100)])
     prompt.seal()
@@ -76,16 +76,11 @@ def play(
     for lane in gone[:2]:
         lane.segment.seal()
     stitched = View(prefix, [Entry(lane.segment) for lane in gone[:2]])
-    lanes.insert(0, rig.lane(stitched, 11))
+    end = max(lane.segment.start + lane.segment.length for lane in gone[:2])
+    lanes.insert(0, rig.lane(stitched, 11, start=end))
     everyone.append(lanes[0])
     go(steps // 2)
     facts: Figures = {"launches": rig.waves.num_launches, "dropped": rig.waves.rows_dropped}
     if not eager:
-        facts["graphs"] = rig.graphs.num_captured
-        facts["graphs_mib"] = (reserved(rig.device.device) - before) / 2**20
+        facts |= {"graphs": watched.num_graphs, "graphs_mib": watched.captured_bytes / 2**20}
     return [lane.tokens for lane in everyone], logits, facts
-
-
-def reserved(device: torch.device) -> int:
-    """Bytes of the card that torch holds."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

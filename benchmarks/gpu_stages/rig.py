@@ -6,7 +6,8 @@ token as an engine would ask for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,9 +181,14 @@ class Rig:
             logits = step.logits(part, [len(part) - 1])
         return logits[0]
 
-    def lane(self, view: View | None, token: int, *, forks: tuple[View, ...] = ()) -> Lane:
-        """A thread that goes on behind `view` with `token`, and draws without end."""
-        segment = Segment(self.pool, 0 if view is None else view.total_tokens)
+    def lane(self, view: View | None, token: int, *, forks: tuple[View, ...] = (), start: int | None = None) -> Lane:
+        """A thread that goes on behind `view` with `token`, and draws without end.
+
+        start: its first position; where it is not told the view's tokens stand one after another
+        """
+        if start is None:
+            start = 0 if view is None else view.total_tokens
+        segment = Segment(self.pool, start)
         parameters: dict[str, float] = {
             "temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
@@ -242,18 +248,49 @@ class Eager(Graphs):
 
 
 class Watched(Graphs):
-    """Another's launches, each of which is reported before it begins."""
+    """Another's launches.
 
-    def __init__(self, of: Graphs, tell: Any) -> None:
+    tell: called before each begins
+    last: what the last was; captured_bytes: what the card holds more of for the graphs
+    """
+
+    def __init__(self, of: Graphs, tell: Callable[[], None] = lambda: None) -> None:
+        self.last = (0, False, False)
+        self.captured_bytes = 0
         self._of = of
         self._tell = tell
 
+    @property
+    def num_graphs(self) -> int:
+        """How many were captured."""
+        return self._of.num_captured
+
     def prepare(self, *args: Any, **options: Any) -> bool:
-        return self._of.prepare(*args, **options)
+        before = reserved()
+        done = self._of.prepare(*args, **options)
+        self.captured_bytes += reserved() - before
+        return done
 
     def run(self, count: int, typed: bool, penal: bool) -> Outputs:
         self._tell()
+        self.last = (count, typed, penal)
         return self._of.run(count, typed, penal)
+
+    def again(self) -> None:
+        """The last launch once more, of which nobody is told."""
+        self._of.run(*self.last)
 
     def forget(self) -> None:
         self._of.forget()
+
+
+def reserved() -> int:
+    """Bytes of the card that torch holds."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+
+
+def release() -> None:
+    """Give back what rigs that are gone held: an executor and its graphs hold one another."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
