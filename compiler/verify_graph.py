@@ -185,14 +185,16 @@ def _keys_bound(graph: Graph, plan: PlanGraph) -> Iterator[Fault]:
         match node:
             case Fork(join=join):
                 branches = [arm.region for arm in node.arms]
+                given = {node.index}
             case Map(join=join):
                 branches = [node.region]
+                given = {node.index, node.item}
             case _:
                 continue
         if join.key is None or (join.kind == "best" and join.key == "logprob"):
             continue
         for branch in branches:
-            if join.key not in bound_always(branch):
+            if join.key not in bound_always(branch) | given:
                 yield Fault(f"`{join.key}` is not bound on every path of a branch", region, place)
 
 

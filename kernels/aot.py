@@ -25,6 +25,7 @@ MODULES: Final[tuple[str, ...]] = (
     "anabranch.kernels.norms_triton",
     "anabranch.kernels.swiglu_triton",
     "anabranch.kernels.rope_append_triton",
+    "anabranch.kernels.sample_device_triton",
 )
 """The modules with a `SHIPPED`: all that is built."""
 

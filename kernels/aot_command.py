@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -93,10 +92,12 @@ def _cell(group: Sequence[Built | str]) -> str:
 
 def document(done: Done, num_problems: int) -> str:
     """The page that records a run."""
+    import triton
+
     return f"""# Ahead-of-time builds
 
 `make kernels-full` wrote this page: every configuration that is shipped, built for each target with Triton
-{version("triton")}: {len(done)} builds, {num_problems} problems. A problem is a spill, shared memory above the chip's
+{triton.__version__}: {len(done)} builds, {num_problems} problems. A problem is a spill, shared memory above the chip's
 limit, or another matrix instruction than expected; see [kernels](kernels.md#ahead-of-time-builds). Nothing here ran on
 a GPU.
 
@@ -125,6 +126,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(argv)
     if chosen.jobs < 1:
         parser.error("`--jobs` must be at least 1")
+    if chosen.table is not None and not chosen.table.parent.is_dir():
+        parser.error(f"`--table`: there is no folder `{chosen.table.parent}`")
     return chosen
 
 
@@ -148,6 +151,9 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) ->
     except KeyboardInterrupt:
         print("interrupted; what was built is kept", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for problem in found:
         print(f"problem: {problem}")
     print(f"{len(jobs)} builds, {len(found)} problems")

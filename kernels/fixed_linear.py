@@ -20,8 +20,8 @@ def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, block
     Returns [num_rows, out], x's type.
     The op `anabranch::fixed_linear`: Triton on a GPU, `fixed_linear_torch` on a CPU.
     Raises ValueError if shapes, dtypes, strides or block_m differ from these.
-    Law (of the kernel; the definition has the bits of torch's own matmul): a row's bits depend on its values, weight,
-    bias and block_m alone, not on the other rows, their number or its place among them.
+    Law: a row's bits depend on its values, weight, bias and block_m alone, not on the other rows, their number or its
+    place among them.
     Source: batch-invariant kernels after He et al. 2025, "Defeating nondeterminism in LLM inference".
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:

@@ -205,7 +205,7 @@ def automaton_mask_torch(
     allowed = (target >= 0) & (distance[target.clamp(min=0).long()] <= reach[:, None])
     allowed[:, end_tokens] |= accepting[at][:, None]
     padded = torch.nn.functional.pad(allowed, (0, -vocab % 32))
-    bits = padded.view(len(state), -1, 32).long() << torch.arange(32, device=state.device)
+    bits = padded.view(len(state), padded.shape[1] // 32, 32).long() << torch.arange(32, device=state.device)
     # The sum is a uint32; bit 31 is the sign of the word.
     words = bits.sum(-1)
     words = torch.where(words >= 1 << 31, words - (1 << 32), words).int()

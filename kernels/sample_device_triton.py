@@ -34,19 +34,18 @@ if HAS_TRITON:
     MOST_NOISE = tl.constexpr(MAX_NOISE)
     NEVER = tl.constexpr(-(2**63))  # below every (key, token)
 
-# None of these was timed. A tile is 16 logits a thread; what a search keeps is mostly one or two steps of it.
-BLOCK = 4096
-SEARCH_BLOCK = 2048
-CAPACITY = (
-    16384  # candidates that are kept for the search, 8 bytes each; where there are more it reads the logits again
-)
-NUM_WARPS = 8
+# Chosen by ahead-of-time builds for sm_80, sm_90, sm_100 and gfx942 so that nothing spills to memory. Not timed.
+BLOCK = 2048
+NUM_WARPS = 4
+SEARCH_BLOCK = 4096
+SEARCH_WARPS = 16  # few programs, one a row: each needs many loads under way
+CAPACITY = 16384  # candidates kept for the search, 8 bytes each; where there are more, logits are read again
+MASK_WORDS = 32  # words of a mask that a program packs: 1,024 tokens
 MASK_WARPS = 4
 NUM_STAGES = 1
 RUNGS = 5  # 4, 8, 16, 32 and no bound
 ROW_FIELDS = 4  # mode, last key, last token of that key, likeliest token
 ROW_BOUNDS = 3  # score to beat, min-p's bound, highest raw logit
-MASK_WORDS = 32  # words of a mask that a program packs: 1,024 tokens
 
 
 # Numbers.
@@ -76,6 +75,14 @@ def _share(x, top):
     """exp(x - top) as a whole number of 2^-42, x at most top; 0 where either is NaN or top is infinite."""
     share = tl.exp(x - top) * 4398046511104.0
     return tl.where(share >= 0.0, share, 0.0).to(tl.int64)
+
+
+@jit
+def _at_least(part, whole):
+    """The least whole number, 1 or more, that is not below `part` of `whole`."""
+    exact = part.to(tl.float64) * whole.to(tl.float64)
+    floor = exact.to(tl.int64)
+    return tl.maximum(tl.where(floor.to(tl.float64) < exact, floor + 1, floor), 1)
 
 
 @jit
@@ -278,13 +285,13 @@ def _candidates(
 
 @jit
 def _cut(
-    goal, top_key, kept_key, kept_token, BY_MASS: tl.constexpr,
+    goal, by_mass, top_key, kept_key, kept_token,
     size, compact, candidates_ptr, CAPACITY: tl.constexpr,
     logits_ptr, divisor, repetition, presence, mask_ptr, seen_ptr,
     MASKED: tl.constexpr, REPEATS: tl.constexpr, PRESENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The shortest prefix of the draw's order whose count (or mass) is at least `goal`, as its last key and the last
-    token of that key; all that was kept, where that is less.
+    """The shortest prefix of the draw's order whose mass (or count) is at least `goal`, as its last key and the last
+    token of that key, and its mass; all that was kept, where that is less.
 
     goal: at least 1
     kept_key, kept_token: the candidates that count end so
@@ -292,53 +299,55 @@ def _cut(
     top = _value(top_key)
     low = tl.full([], LOWEST, tl.int64)
     high = top_key.to(tl.int64) + 1
-    # At least the goal is from `low` on, or all of it is too little; less is from `high` on.
+    # At least the goal is from `low` on, or all of it is too little; less is from `high` on. Each step moves a bound to
+    # the next key that there is, so it takes about log2 of the candidates and not of the keys.
     while high - low > 1:
         middle = low + (high - low) // 2
         weight = tl.full([], 0, tl.int64)
+        next_above = top_key
+        next_below = tl.full([], LOWEST, tl.int32)
         for begin in range(0, size, BLOCK):
             key, token = _candidates(
                 begin, size, compact, candidates_ptr, CAPACITY, logits_ptr, divisor, repetition, presence, mask_ptr,
                 seen_ptr, MASKED, REPEATS, PRESENT, BLOCK,
             )  # fmt: skip
             counts = (key > kept_key) | ((key == kept_key) & (token <= kept_token))
-            one = tl.full([BLOCK], 1, tl.int64)
-            if BY_MASS:
-                one = _share(_value(key), top)
+            one = tl.where(by_mass, _share(_value(key), top), 1)
             weight += tl.sum(tl.where(counts & (key >= middle), one, 0), 0)
+            next_above = tl.minimum(next_above, tl.min(tl.where(counts & (key >= middle), key, top_key), 0))
+            next_below = tl.maximum(next_below, tl.max(tl.where(counts & (key < middle), key, LOWEST), 0))
         if weight >= goal:
-            low = middle
+            low = next_above.to(tl.int64)
         else:
-            high = middle
-    cut_key = low.to(tl.int32)
+            high = next_below.to(tl.int64) + 1
+    cut_key = tl.maximum(low.to(tl.int32), kept_key)
     # All tokens of one key weigh the same, so of the last key as many are kept, the lowest ids, as are needed.
     above = tl.full([], 0, tl.int64)
-    unit = tl.full([], 1, tl.int64)
+    mass = tl.full([], 0, tl.int64)
     for begin in range(0, size, BLOCK):
         key, token = _candidates(
             begin, size, compact, candidates_ptr, CAPACITY, logits_ptr, divisor, repetition, presence, mask_ptr,
             seen_ptr, MASKED, REPEATS, PRESENT, BLOCK,
         )  # fmt: skip
-        counts = (key > kept_key) | ((key == kept_key) & (token <= kept_token))
-        one = tl.full([BLOCK], 1, tl.int64)
-        if BY_MASS:
-            one = _share(_value(key), top)
-        above += tl.sum(tl.where(counts & (key > cut_key), one, 0), 0)
-        unit = tl.maximum(unit, tl.max(tl.where(counts & (key == cut_key), one, 0), 0))
-    need = (goal - above + unit - 1) // unit
-    tied = tl.full([], 0, tl.int64)
+        share = tl.where(key > cut_key, _share(_value(key), top), 0)
+        mass += tl.sum(share, 0)
+        above += tl.sum(tl.where(by_mass, share, (key > cut_key).to(tl.int64)), 0)
+    share = _share(_value(cut_key), top)
+    unit = tl.where(by_mass, share, 1)
+    ties = tl.full([], 0, tl.int32)
     cut_token = tl.full([], -1, tl.int32)
     for begin in range(0, size, BLOCK):
         key, token = _candidates(
             begin, size, compact, candidates_ptr, CAPACITY, logits_ptr, divisor, repetition, presence, mask_ptr,
             seen_ptr, MASKED, REPEATS, PRESENT, BLOCK,
         )  # fmt: skip
-        tie = (key == cut_key) & ((key > kept_key) | (token <= kept_token))
-        rank = tied + tl.cumsum(tie.to(tl.int32), 0)
-        cut_token = tl.maximum(cut_token, tl.max(tl.where(tie & (rank <= need), token, -1), 0))
-        tied += tl.sum(tie.to(tl.int64), 0)
-    short = cut_key < kept_key
-    return tl.where(short, kept_key, cut_key), tl.where(short, kept_token, cut_token)
+        tie = ((key == cut_key) & ((key > kept_key) | (token <= kept_token))).to(tl.int32)
+        before = ties + tl.cumsum(tie, 0) - tie
+        needed = (tie > 0) & (above + before * unit < goal)
+        cut_token = tl.maximum(cut_token, tl.max(tl.where(needed, token, -1), 0))
+        mass += tl.sum(needed.to(tl.int64), 0) * share
+        ties += tl.sum(tie, 0)
+    return cut_key, cut_token, mass
 
 
 @jit
@@ -378,9 +387,7 @@ def cuts_kernel(
     if hot & (by_count | by_mass):
         rungs = rungs_ptr + row * (2 * RUNGS) * tiles + each
         whole = tl.sum(tl.load(rungs + (2 * RUNGS - 1) * tiles, mask=tile_ok, other=0), 0)
-        exact = top_p.to(tl.float64) * whole.to(tl.float64)
-        goal = exact.to(tl.int64)
-        goal = tl.maximum(tl.where(goal.to(tl.float64) < exact, goal + 1, goal), 1)
+        goal = _at_least(top_p, whole)
         depth = tl.full([], 0.0, tl.float32)
         size = tl.full([], 0, tl.int32)
         for rung in tl.static_range(RUNGS):
@@ -420,27 +427,14 @@ def cuts_kernel(
             tl.debug_barrier()
         else:
             size = tl.full([], 0, tl.int32) + vocab
-        if by_count:
-            last_key, last_token = _cut(
-                top_k, top_key, last_key, last_token, False, size, compact, candidates, CAPACITY, logits, divisor,
-                repetition, presence, mask, seen, MASKED, REPEATS, PRESENT, BLOCK,
-            )  # fmt: skip
-            kept = tl.full([], 0, tl.int64)
-            for begin in range(0, size, BLOCK):
-                key, token = _candidates(
-                    begin, size, compact, candidates, CAPACITY, logits, divisor, repetition, presence, mask, seen,
+        # Top-k, then top-p of what it kept.
+        for turn in range(2):
+            if tl.where(turn == 0, by_count, by_mass):
+                last_key, last_token, whole = _cut(
+                    tl.where(turn == 0, top_k, _at_least(top_p, whole)), turn == 1, top_key, last_key, last_token,
+                    size, compact, candidates, CAPACITY, logits, divisor, repetition, presence, mask, seen,
                     MASKED, REPEATS, PRESENT, BLOCK,
                 )  # fmt: skip
-                counts = (key > last_key) | ((key == last_key) & (token <= last_token))
-                kept += tl.sum(tl.where(counts, _share(_value(key), top), 0), 0)
-            exact = top_p.to(tl.float64) * kept.to(tl.float64)
-            goal = exact.to(tl.int64)
-            goal = tl.maximum(tl.where(goal.to(tl.float64) < exact, goal + 1, goal), 1)
-        if by_mass:
-            last_key, last_token = _cut(
-                goal, top_key, last_key, last_token, True, size, compact, candidates, CAPACITY, logits, divisor,
-                repetition, presence, mask, seen, MASKED, REPEATS, PRESENT, BLOCK,
-            )  # fmt: skip
 
     least = tl.full([], float("-inf"), tl.float32)
     min_p = tl.load(min_p_ptr + row)
@@ -472,6 +466,8 @@ def finish_kernel(
     best = tl.max(tl.load(scores_ptr + row * tiles + each, mask=each < tiles, other=NEVER), 0)
     mass = tl.sum(tl.load(masses_ptr + row * tiles + each, mask=each < tiles, other=0), 0)
     mode = tl.load(rows_ptr + row * 4)
+    # The likeliest token is kept and reaches its own score; were that ever to fail, no wild address follows from it.
+    mode = tl.where((mode == 2) & (best == NEVER), 0, mode)
     likeliest = tl.load(rows_ptr + row * 4 + 3)
     token = tl.where(mode == 2, 0x7FFFFFFF - (best & 0x7FFFFFFF), likeliest)
     raw = tl.load(logits_ptr + row * logits_stride + token, mask=mode > 0, other=float("nan"))
@@ -578,7 +574,7 @@ def launch_sample(
     wrap(cuts_kernel)[(n,)](
         *logit, top_k, top_p, min_p, keys, index, peaks, raw_peaks, rungs, candidates, tiles, rows, bounds,
         **flags, RUNGS=RUNGS, CAPACITY=capacity, BLOCK_TILES=each, BLOCK=search_block,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        num_warps=SEARCH_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     wrap(scores_kernel)[(n, tiles)](
         *logit, keys, index, rows, bounds, scores, masses, **flags, BLOCK=block,
@@ -617,14 +613,14 @@ def launch_automaton_mask(
         )  # fmt: skip
 
 
-def shipped(penalized: bool) -> tuple[Config, ...]:
-    """The kernels of one call of `sample`, as `launch_sample` launches them for rows with masks."""
+def shipped(masked: bool, penalized: bool) -> tuple[Config, ...]:
+    """The kernels of one call of `sample` that look at every logit, as `launch_sample` launches them."""
     logit = {
         "logits_ptr": "*fp32", "logits_stride": "i32", "vocab": "i32", "temperature_ptr": "*fp32", "mask_ptr": "*i32",
         "seen_ptr": "*i32", "repetition_ptr": "*fp32", "presence_ptr": "*fp32", "words": "i32",
     }  # fmt: skip
-    flags: dict[str, int | bool] = {"MASKED": True, "REPEATS": penalized, "PRESENT": penalized, "BLOCK": BLOCK}
-    tiles = {"RUNGS": RUNGS, "BLOCK_TILES": 64}
+    flags: dict[str, int | bool] = {"MASKED": masked, "REPEATS": penalized, "PRESENT": penalized, "BLOCK": BLOCK}
+    tiles = {"RUNGS": RUNGS, "BLOCK_TILES": 128}
     filters = {"top_k_ptr": "*i64", "top_p_ptr": "*fp32"}
     peaks = {"peaks_ptr": "*i64", "raw_peaks_ptr": "*i32"}
     stream = {"keys_ptr": "*i64", "index_ptr": "*i64", "rows_ptr": "*i64", "bounds_ptr": "*fp32"}
@@ -641,23 +637,24 @@ def shipped(penalized: bool) -> tuple[Config, ...]:
     )  # fmt: skip
     return tuple(
         Config(
-            f"sample_{kernel.__name__.removesuffix('_kernel')}{'-penalties' * penalized}", kernel, signature, constants,
-            NUM_WARPS, NUM_STAGES, "none",
+            f"sample_{kernel.__name__.removesuffix('_kernel')}{'-mask' * masked}{'-penalties' * penalized}", kernel,
+            signature, constants, SEARCH_WARPS if kernel is cuts_kernel else NUM_WARPS, NUM_STAGES, "none",
         )
         for kernel, signature, constants in parts
     )  # fmt: skip
 
 
 SHIPPED = (
-    *shipped(False),
-    *shipped(True),
+    *shipped(False, False),
+    *shipped(True, False),
+    *shipped(True, True),
     Config(
         "sample_finish", finish_kernel,
         {
             "logits_ptr": "*fp32", "logits_stride": "i32", "rows_ptr": "*i64", "bounds_ptr": "*fp32",
             "scores_ptr": "*i64", "masses_ptr": "*i64", "tiles": "i32", "tokens_ptr": "*i64", "logprob_ptr": "*fp32",
         },
-        {"BLOCK_TILES": 64}, 1, NUM_STAGES, "none",
+        {"BLOCK_TILES": 128}, 1, NUM_STAGES, "none",
     ),
     Config(
         "automaton_mask", automaton_mask_kernel,

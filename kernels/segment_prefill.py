@@ -26,7 +26,7 @@ SPAN_FIELDS = 4
 def segment_prefill(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
     blocks: Tensor, num_blocks: Tensor, spans: Tensor, task_pages: Tensor, page_start: Tensor,
-    *, scale: float, window: int = 0, block_m: int = 64,
+    *, scale: float, window: int = 0, block_m: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of each block of rows over its spans, under one softmax; keys of the rows themselves must be written.
 
@@ -43,7 +43,8 @@ def segment_prefill(
         key of each, as it was written
     scale: on the scores
     window: a key at p is hidden from a row at q where q - p - shift >= window; 0 hides none
-    block_m: rows x query heads a tile: a constant of the configuration, since a row's bits may depend on it
+    block_m: rows x query heads a tile, 16, 32 or 64: a constant of the configuration, since a row's bits may depend on
+        it; None for `largest_block`
     Returns out [num_rows, num_heads, head_dim], q's type, and lse [num_rows, num_heads], fp32, natural log; 0 and -inf
     for a row of a block that sees nothing; a row that no block names means nothing.
     The op `anabranch::segment_prefill`: Triton on a GPU, `segment_prefill_torch` on a CPU.
@@ -51,10 +52,18 @@ def segment_prefill(
     Law: how rows are cut into blocks changes no bit of a row whose visible spans are the same.
     Source: FlashAttention-2 (Dao 2023) over paged runs of keys.
     """
+    largest = largest_block(q.shape[2], q.dtype)
+    block_m = largest if block_m is None else block_m
+    if block_m > largest:
+        raise ValueError(
+            f"block_m={block_m} is at most {largest} for heads of {q.shape[2]}: registers do not hold more"
+        )
     check_inputs(q, positions, k, v, cos, sin, block_m)
     for name, table, fields in (("blocks", blocks, BLOCK_FIELDS), ("spans", spans, SPAN_FIELDS)):
         if table.dim() != 2 or table.shape[1] != fields:
             raise ValueError(f"{name} are [max_{name}, {fields}], not {list(table.shape)}")
+    if cos.numel() >= 2**31:
+        raise ValueError(f"a table of {cos.shape[0]} positions is too long: the kernel counts its numbers in 32 bits")
     if num_blocks.shape != (1,):
         raise ValueError(f"num_blocks is [1], not {list(num_blocks.shape)}")
     if task_pages.shape != page_start.shape:
@@ -66,37 +75,46 @@ def segment_prefill(
     return found
 
 
+def largest_block(head_dim: int, dtype: torch.dtype) -> int:
+    """The most rows x query heads that a tile's registers hold on every target."""
+    if head_dim <= 128:
+        return 64
+    return 16 if dtype == torch.float32 else 32
+
+
 def segment_prefill_torch(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
     blocks: Tensor, num_blocks: Tensor, spans: Tensor, task_pages: Tensor, page_start: Tensor,
     scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The definition of `segment_prefill`: each block's keys are gathered, and attended to in fp32."""
+    """The definition of `segment_prefill`: each block's keys are gathered, and attended to in fp32.
+
+    Row by row, so that it keeps the law, too.
+    """
     num_rows, num_heads, _ = q.shape
-    group = num_heads // k.shape[1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full((num_rows, num_heads), float("-inf"), dtype=torch.float32)
+    group = num_heads // k.shape[1]
     for first_row, count, first_span, num_spans in blocks[: int(num_blocks)].tolist():
-        rows = slice(first_row, first_row + count)
-        scores, values = [], []
-        for pages, length, shift, causal in spans[first_span : first_span + num_spans].tolist():
-            key, value, position, index = gather_keys(k, v, task_pages, page_start, pages, length)
-            angle = positions[rows].long() - shift
-            query = rotate_queries(q[rows], angle, cos, sin)
-            visible = torch.ones(count, len(index), dtype=torch.bool)
-            if causal >= 0:
-                visible &= index[None, :] <= causal + torch.arange(count)[:, None]
-            if window:
-                visible &= angle[:, None] - position[None, :] < window
-            score = torch.einsum("rhd,hkd->rhk", query, key.repeat_interleave(group, dim=0)) * scale
-            scores.append(score.masked_fill(~visible[:, None, :], float("-inf")))
-            values.append(value.repeat_interleave(group, dim=0))
-        if not scores:
-            continue
-        score, value = torch.cat(scores, dim=2), torch.cat(values, dim=1)
-        lse[rows] = torch.logsumexp(score, dim=-1)
-        weight = torch.exp(score - lse[rows].clamp(min=torch.finfo(torch.float32).min)[..., None])
-        out[rows] = torch.einsum("rhk,hkd->rhd", weight, value).to(q.dtype)
+        of_block = spans[first_span : first_span + num_spans].tolist()
+        gathered = [gather_keys(k, v, task_pages, page_start, pages, length) for pages, length, _, _ in of_block]
+        for offset in range(count):
+            row = slice(first_row + offset, first_row + offset + 1)
+            scores, values = [], []
+            for (_, _, shift, causal), (key, value, position, index) in zip(of_block, gathered, strict=True):
+                angle = positions[row].long() - shift
+                visible = index <= causal + offset if causal >= 0 else torch.ones_like(index, dtype=torch.bool)
+                if window:
+                    visible &= angle - position < window
+                query = rotate_queries(q[row], angle, cos, sin)[0]
+                seen = key[:, visible].repeat_interleave(group, dim=0)
+                scores.append(torch.einsum("hd,hkd->hk", query, seen) * scale)
+                values.append(value[:, visible].repeat_interleave(group, dim=0))
+            if not sum(score.shape[1] for score in scores):
+                continue
+            score = torch.cat(scores, dim=1)
+            lse[row] = torch.logsumexp(score, dim=-1)
+            out[row] = torch.einsum("hk,hkd->hd", score.softmax(-1), torch.cat(values, dim=1)).to(q.dtype)
     return out, lse
 
 

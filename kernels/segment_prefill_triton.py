@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from anabranch.kernels.jit import HAS_TRITON, jit, power_of_two
-from anabranch.kernels.segment_attention import DTYPES, HEAD_DIMS, PAGE_BITS, PAGE_SIZES, supports
+from anabranch.kernels.segment_attention import DTYPES, HEAD_DIMS, PAGE_BITS, PAGE_SIZES
 from anabranch.kernels.segment_attention_triton import num_programs
-from anabranch.kernels.segment_prefill import BLOCK_FIELDS, SPAN_FIELDS
+from anabranch.kernels.segment_prefill import BLOCK_FIELDS, SPAN_FIELDS, largest_block
 from anabranch.kernels.shipped import Config, Matrix, pointer
 
 if HAS_TRITON:
@@ -38,7 +38,9 @@ def segment_prefill_kernel(
 ):  # fmt: skip
     """Attention of each (tile of rows x query group, KV head), as `segment_prefill_torch` defines it.
 
-    BLOCK_HALF: head_dim / 2, rounded up to a power of two; halves are used as in `segment_attention_kernel`
+    BLOCK_HALF: head_dim / 2, rounded up to a power of two. Q, K, V and the output are held as their halves. Of Q and
+    K these are the two members of each rotary pair, as in `segment_attention_kernel`; of V they keep a product of 64
+    rows as tall as wide, for else each warp of an sm_80 would hold all rows of Q and of the weights.
     WINDOWED: keys at least `window` behind are hidden
     """
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -50,9 +52,7 @@ def segment_prefill_kernel(
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     half = tl.arange(0, BLOCK_HALF)
-    wide = tl.arange(0, 2 * BLOCK_HALF)
     half_ok = half < HALF
-    wide_ok = wide < HEAD_DIM
     kind = k_ptr.dtype.element_ty
 
     # The items of all blocks are dealt out in turn: `turn` is this program's first one in the block at hand.
@@ -66,22 +66,27 @@ def segment_prefill_kernel(
         num_items = num_tiles * NUM_KV_HEADS
         for item in range(turn, num_items, tl.num_programs(0)):
             # Programs that run together read the same head's keys. The last rows see the most keys: they go first.
-            # 64 bits: with the KV head outermost, a head's stride is that of the whole pool.
-            head = tl.cast(item // num_tiles, tl.int64)
+            head = item // num_tiles
             begin_row = (num_tiles - 1 - item % num_tiles) * TILE_ROWS
             end_row = tl.minimum(begin_row + TILE_ROWS, num_rows)
             member = begin_row + m // GROUP
             # Rows past the tile's are there where the group is no power of two.
             row_ok = member < end_row
-            row = (first_row + member).to(tl.int64)
+            row = first_row + member
             query_head = head * GROUP + m % GROUP
+            # 64 bits: with the KV head outermost, a head's stride is that of the whole pool.
+            k_head = k_ptr + head.to(tl.int64) * k_stride_head
+            v_head = v_ptr + head.to(tl.int64) * v_stride_head
             position = tl.load(positions_ptr + row, mask=row_ok, other=0)
             q_ok = row_ok[:, None] & half_ok[None, :]
-            q_at = q_ptr + row[:, None] * q_stride_row + query_head[:, None] * q_stride_head + half[None, :]
+            q_at = (
+                q_ptr + row.to(tl.int64)[:, None] * q_stride_row + query_head[:, None] * q_stride_head + half[None, :]
+            )
 
             largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, 2 * BLOCK_HALF], tl.float32)
+            acc_low = tl.zeros([BLOCK_M, BLOCK_HALF], tl.float32)
+            acc_high = tl.zeros([BLOCK_M, BLOCK_HALF], tl.float32)
             for number in range(first_span, first_span + num_spans):
                 span = spans_ptr + number * SPAN_FIELDS
                 pages = task_pages_ptr + tl.load(span)
@@ -90,7 +95,7 @@ def segment_prefill_kernel(
                 shift = tl.load(span + 2)
                 causal = tl.load(span + 3)
                 # Without a causal span the last slot is visible to all rows.
-                newest = tl.where(causal >= 0, causal + member, length)
+                newest = tl.where(row_ok, tl.where(causal >= 0, causal + member, length), -1)
                 begin = 0
                 end = tl.where(causal >= 0, tl.minimum(length, causal + end_row), length)
                 angle = position - shift
@@ -111,19 +116,23 @@ def segment_prefill_kernel(
                     end = tl.minimum(end, last_page * PAGE_SIZE)
 
                 # q is read and rotated again for each span rather than held beside its rotated halves: spans of one
-                # shift are mostly one span, and registers are what runs out.
+                # shift are mostly one span, and registers are what runs out. For their sake a barrier keeps the sines
+                # from being loaded before the products with the cosines are there.
                 # cos is even and sin is odd, so the table need not hold negative positions.
-                table = tl.where(angle < 0, -angle, angle).to(tl.int64)
+                table = tl.where(angle < 0, -angle, angle)
                 table_ok = (row_ok & (table < num_positions))[:, None] & half_ok[None, :]
                 factor = table[:, None] * HALF + half[None, :]
+                sign = tl.where(angle < 0, -1.0, 1.0)[:, None]
+                low = tl.load(q_at, mask=q_ok, other=0.0)
+                high = tl.load(q_at + HALF, mask=q_ok, other=0.0)
                 # A position past the table gives NaN: loud, and in bounds.
                 cos = tl.load(cos_ptr + factor, mask=table_ok, other=float("nan"))
-                sin = tl.load(sin_ptr + factor, mask=table_ok, other=float("nan"))
-                sin = tl.where((angle < 0)[:, None], -sin, sin)
-                low = tl.load(q_at, mask=q_ok, other=0.0).to(tl.float32)
-                high = tl.load(q_at + HALF, mask=q_ok, other=0.0).to(tl.float32)
-                q_low = tl.where(q_ok, low * cos - high * sin, 0.0).to(kind)
-                q_high = tl.where(q_ok, high * cos + low * sin, 0.0).to(kind)
+                low_cos = low.to(tl.float32) * cos
+                high_cos = high.to(tl.float32) * cos
+                tl.debug_barrier()
+                sin = tl.load(sin_ptr + factor, mask=table_ok, other=float("nan")) * sign
+                q_low = tl.where(q_ok, low_cos - high.to(tl.float32) * sin, 0.0).to(kind)
+                q_high = tl.where(q_ok, high_cos + low.to(tl.float32) * sin, 0.0).to(kind)
 
                 for key in range(begin, end, BLOCK_N):
                     index = key + n
@@ -133,14 +142,14 @@ def segment_prefill_kernel(
                         page_at = key // PAGE_SIZE
                         entry = tl.load(pages + page_at)
                         page = (entry >> PAGE_BITS).to(tl.int64)
-                        k_at = k_ptr + page * k_stride_page + head * k_stride_head + slot[:, None] * k_stride_slot
-                        v_at = v_ptr + page * v_stride_page + head * v_stride_head + slot[:, None] * v_stride_slot
+                        k_at = k_head + page * k_stride_page + slot[:, None] * k_stride_slot
+                        v_at = v_head + page * v_stride_page + slot[:, None] * v_stride_slot
                     else:
                         page_at = index // PAGE_SIZE
                         entry = tl.load(pages + page_at, mask=index < end, other=0)
                         page = (entry >> PAGE_BITS).to(tl.int64)[:, None]
-                        k_at = k_ptr + page * k_stride_page + head * k_stride_head + slot[:, None] * k_stride_slot
-                        v_at = v_ptr + page * v_stride_page + head * v_stride_head + slot[:, None] * v_stride_slot
+                        k_at = k_head + page * k_stride_page + slot[:, None] * k_stride_slot
+                        v_at = v_head + page * v_stride_page + slot[:, None] * v_stride_slot
                     key_ok = (slot < (entry & ((1 << PAGE_BITS) - 1))) & (index < end)
                     k_at += half[None, :]
                     k_ok = key_ok[:, None] & half_ok[None, :]
@@ -148,7 +157,7 @@ def segment_prefill_kernel(
                     k_high = tl.load(k_at + HALF, mask=k_ok, other=0.0)
                     score = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
                     score = tl.dot(q_high, tl.trans(k_high), score, input_precision="ieee")
-                    seen = key_ok[None, :] & row_ok[:, None] & (index[None, :] <= newest[:, None])
+                    seen = key_ok[None, :] & (index[None, :] <= newest[:, None])
                     if WINDOWED:
                         if PAGE_SIZE >= BLOCK_N:
                             written = tl.load(starts + page_at) + slot
@@ -162,17 +171,22 @@ def segment_prefill_kernel(
                     keep = tl.exp2(largest - base)
                     weight = tl.exp2(score - base[:, None])
                     total = total * keep + tl.sum(weight, 1)
-                    value = tl.load(v_at + wide[None, :], mask=key_ok[:, None] & wide_ok[None, :], other=0.0)
-                    acc = tl.dot(weight.to(kind), value, acc * keep[:, None], input_precision="ieee")
+                    v_at += half[None, :]
+                    v_low = tl.load(v_at, mask=k_ok, other=0.0)
+                    v_high = tl.load(v_at + HALF, mask=k_ok, other=0.0)
+                    weight = weight.to(kind)
+                    acc_low = tl.dot(weight, v_low, acc_low * keep[:, None], input_precision="ieee")
+                    acc_high = tl.dot(weight, v_high, acc_high * keep[:, None], input_precision="ieee")
                     largest = peak
 
             empty = total == 0.0
             divisor = tl.where(empty, 1.0, total)
             lse = tl.where(empty, float("-inf"), (largest + tl.log2(divisor)) * ln2)
-            state = row * NUM_HEADS + query_head
+            state = row.to(tl.int64) * NUM_HEADS + query_head
             tl.store(lse_ptr + state, lse, mask=row_ok)
-            out_at = out_ptr + state[:, None] * HEAD_DIM + wide[None, :]
-            tl.store(out_at, (acc / divisor[:, None]).to(kind), mask=row_ok[:, None] & wide_ok[None, :])
+            out_at = out_ptr + state[:, None] * HEAD_DIM + half[None, :]
+            tl.store(out_at, (acc_low / divisor[:, None]).to(kind), mask=q_ok)
+            tl.store(out_at + HALF, (acc_high / divisor[:, None]).to(kind), mask=q_ok)
         turn += tl.cdiv(num_items - turn, tl.num_programs(0)) * tl.num_programs(0) - num_items
 
 
@@ -184,25 +198,27 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile(head_dim: int, element_size: int, block_m: int) -> Tile:
-    """The tile of a configuration, chosen by ahead-of-time builds for sm_80, sm_90, sm_100 and gfx942 so that none
-    spills. Not timed.
+def tile(head_dim: int, element_size: int, page_size: int, block_m: int, windowed: bool) -> Tile:
+    """The tile of a configuration: the most keys a step, and then the most stages, with which none spills in
+    ahead-of-time builds for sm_80, sm_90, sm_100 and gfx942. Not timed.
 
     head_dim: as stored; element_size: bytes
     """
     wide = power_of_two(head_dim)
     if element_size == 4:
-        if block_m == 16 and wide >= 128:
-            return Tile(16, 4, 2)
-        if block_m == 16:
-            return Tile(32, 4, 2)
-        if block_m == 32:
-            return Tile(16, 4 if wide <= 128 else 8, 1)
-        return Tile(16, 4, 1) if wide == 64 else Tile(16, 8, 2)
-    # Four warps where registers last: the matrix instruction of sm_90 takes 64 rows by four warps.
-    if block_m <= 64 and wide <= 128:
-        return Tile(64 if block_m <= 32 or wide == 64 else 32, 4, 2)
-    return Tile(32 if wide == 64 else 16, 8, 2)
+        if block_m == 64:
+            return Tile(16, 8, 1 if windowed else 2)
+        return Tile(32 if wide == 64 else 16, 4, 2)
+    if block_m < 64:
+        if wide <= 128:
+            return Tile(64, 4, 2)
+        return Tile(32, 4, 2) if block_m == 16 else Tile(32, 8, 1)
+    if wide == 64:
+        # sm_100 spills from what loads an address a key in two stages, and with 32 keys a step from two stages alone.
+        return Tile(64, 4, 2) if page_size >= 64 and not windowed else Tile(32, 4, 1)
+    if windowed:
+        return Tile(32 if head_dim == wide else 16, 8, 1)
+    return Tile(32, 4, 2)
 
 
 def launch_segment_prefill(
@@ -217,7 +233,7 @@ def launch_segment_prefill(
     kernel: `segment_prefill_kernel`, or that wrapped for tracing
     """
     _, num_kv_heads, page_size, head_dim = k.shape
-    compiled = tile(head_dim, k.element_size(), block_m)
+    compiled = tile(head_dim, k.element_size(), page_size, block_m, window > 0)
     kernel[(num_programs(q.device),)](
         q, q.stride(0), q.stride(1),
         positions,
@@ -238,7 +254,7 @@ def launch_segment_prefill(
 def shipped(head_dim: int, dtype: torch.dtype, page_size: int, block_m: int, group: int, windowed: bool) -> Config:
     """One configuration, as `launch_segment_prefill` launches it, to be built ahead of time."""
     pool = pointer(dtype)
-    compiled = tile(head_dim, dtype.itemsize, block_m)
+    compiled = tile(head_dim, dtype.itemsize, page_size, block_m, windowed)
     # fp32 products are exact (`input_precision="ieee"`), which no matrix instruction of NVIDIA's gives.
     matrix: Matrix = "none" if dtype == torch.float32 else "wgmma" if block_m >= 64 else "mma"
     return Config(
@@ -269,7 +285,8 @@ SHIPPED = tuple(
     for head_dim in HEAD_DIMS
     for dtype in DTYPES
     for page_size in PAGE_SIZES
-    for block_m, group, windowed in ((16, 4, False), (64, 4, False), (64, 3, True), (128, 4, False))
-    if supports(block_m, head_dim, dtype)
+    for block_m in (16, 32, 64)
+    if block_m <= largest_block(head_dim, dtype)
+    for group, windowed in (((4, False), (3, True)) if block_m == largest_block(head_dim, dtype) else ((4, False),))
 )
-"""What an engine may ask for; the query group changes no tile, so a few stand for all."""
+"""What an engine may ask for, windows in the widest tile; the query group changes no tile, so a few stand for all."""

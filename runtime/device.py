@@ -294,7 +294,7 @@ class StepOnDevice:
         self._row_lengths = torch.tensor(self._lengths, dtype=torch.int32, device=device.device)
 
     def logits(self, tokens: Sequence[int], wanted: Sequence[int]) -> Tensor:
-        """fp32 [len(wanted), vocab_size] of the rows `wanted`."""
+        """fp32 [len(wanted), num_logits] of the rows `wanted`."""
         device = self._device.device
         ids = torch.tensor(tokens, dtype=torch.int64, device=device)
         rows = torch.tensor(wanted, dtype=torch.int64, device=device)

@@ -39,7 +39,7 @@ class DeviceForward:
     def __call__(self, token_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """token_ids: int64 [num_rows]. rows: int64, whose logits are wanted; None for all.
 
-        Returns fp32 [num_rows or len(rows), vocab_size].
+        Returns fp32 [num_rows or len(rows), num_logits of the decoder].
         """
         config, decoder = self.config, self._decoder
         eps = config.rms_norm_eps

@@ -27,12 +27,13 @@ from anabranch.dsl.parse import parse_text
 from anabranch.dsl.printer import print_plan
 from anabranch.dsl.spec import Value
 from anabranch.dsl.values import EvaluationError
-from anabranch.kernels.sample import draw, logprob
+from anabranch.kernels.sample import logprob
 from anabranch.runtime.attention import Block, StepAttention
 from anabranch.runtime.attention_fixed import FixedAttention
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context, Row
 from anabranch.runtime.device import Device, PagedStore, StepOnDevice
+from anabranch.runtime.drawing import DrawRow, draw_rows, draw_rows_on_device
 from anabranch.runtime.events import BranchEnded, Event, GenEnded, LogitsRow, Path, RunEnded, Status, TextDelta
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.joins import Ended
@@ -603,7 +604,7 @@ class Engine:
         return Waves(
             device,
             lanes=self.config.lanes,
-            vocab_size=self.model.decoder.config.vocab_size,
+            vocab_size=self.model.decoder.num_logits,
             end_tokens=sorted(self.tokenizer.eos_ids),
             run_ahead=self.config.run_ahead,
             num_free=num_free,
@@ -1180,7 +1181,7 @@ class Engine:
 
     def _sample(self, sampling: Sequence[tuple[_Work, Context, Tensor]]) -> None:
         """Draw one token for each gen, and push it into the gen and its context."""
-        able: list[tuple[Task, Context, Draw, Tensor, Tensor | None]] = []
+        able: list[tuple[Context, Task, DrawRow]] = []
         for work, context, row in sampling:
             assert work.draw is not None
             mask = work.draw.generation.mask()
@@ -1188,21 +1189,17 @@ class Engine:
                 # Nothing of the type fits in what is left.
                 context.logits = row.clone()
             else:
-                able.append((work.task, context, work.draw, row, mask))
+                task = work.task
+                able.append((context, task, DrawRow(work.draw, row, mask, task.drawn, task.drawn_ids)))
         if not able:
             return
-        draws = [request for _, _, request, _, _ in able]
-        # The host's draw and its masks; what a device decodes by itself it draws by itself.
-        logits = torch.stack([row for _, _, _, row, _ in able]).cpu()
-        tokens = self._draw(logits, draws, [mask for *_, mask in able], [task for task, *_ in able])
-        wants = [i for i, request in enumerate(draws) if request.wants_logprobs]
-        found: dict[int, float] = {}
-        if wants:
-            index = torch.tensor(wants)
-            found = dict(zip(wants, logprob(logits[index], tokens[index]).tolist(), strict=True))
-        for place, token in enumerate(tokens.tolist()):
-            task, context, request, row, _ = able[place]
-            self._take(task, context, request, token, found.get(place, 0.0), row)
+        drawn = self._draw([from_row for *_, from_row in able], [task for _, task, _ in able])
+        for (context, task, from_row), (token, log) in zip(able, drawn, strict=True):
+            self._take(task, context, from_row.request, token, log, from_row.logits)
+
+    def _draw(self, rows: Sequence[DrawRow], tasks: Sequence[Task]) -> list[tuple[int, float]]:
+        """The token of each row, each of one of `tasks`, and its log-probability where that is wanted."""
+        return draw_rows(rows) if self.device is None else draw_rows_on_device(rows)
 
     def _take(self, task: Task, context: Context, request: Draw, token: int, log: float, row: Tensor) -> None:
         run = task.run
@@ -1224,36 +1221,6 @@ class Engine:
             text = request.generation.delta()
             if text:
                 run.emit(TextDelta(task.here, None, text))
-
-    def _draw(
-        self, logits: Tensor, draws: Sequence[Draw], masks: Sequence[Tensor | None], tasks: Sequence[Task]
-    ) -> Tensor:
-        def column(name: str, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([d.parameters[name] for d in draws], dtype=dtype)
-
-        mask: Tensor | None = None
-        if any(m is not None for m in masks):
-            words = next(m.numel() for m in masks if m is not None)
-            free = torch.full((words,), -1, dtype=torch.int32)
-            mask = torch.stack([free if m is None else m for m in masks])
-        repetition = column("repetition_penalty", torch.float32)
-        presence = column("presence_penalty", torch.float32)
-        penal = bool((repetition != 1).any() or (presence != 0).any())
-        seen = [torch.tensor(t.drawn_ids, dtype=torch.int64) for t in tasks] if penal else ()
-        return draw(
-            logits.float(),
-            temperature=column("temperature", torch.float32),
-            top_k=column("top_k", torch.int64),
-            top_p=column("top_p", torch.float32),
-            min_p=column("min_p", torch.float32),
-            keys=torch.tensor([d.key for d in draws], dtype=torch.int64),
-            index=torch.tensor([t.drawn for t in tasks], dtype=torch.int64),
-            mask=mask,
-            repetition_penalty=repetition if penal else None,
-            presence_penalty=presence if penal else None,
-            seen=seen,
-            drawn=seen,
-        )
 
     def _resume_done(self, thread: Thread) -> None:
         work = self._work.pop(thread)

@@ -46,7 +46,7 @@ class Header:
     inputs: of each run, in order
     threads: of torch, on which the last bits of a number may depend
     pages: None for as many as the engine takes by itself
-    model, fingerprint, dtype, template: as in `load`; the fingerprint is that of the loaded model
+    model, fingerprint, dtype, device, template: as in `load`; the fingerprint is that of the loaded model
     functions: the module of the host's functions, as `--functions` takes it
     id: 16 random hex digits, so that no two journals have a line in common
     """
@@ -68,6 +68,7 @@ class Header:
     model: str
     fingerprint: str
     dtype: str
+    device: str | None
     template: str | None
     functions: str | None
     id: str = field(default_factory=lambda: os.urandom(8).hex())
@@ -423,7 +424,8 @@ _HEADER: Final[dict[str, Check]] = {
     "deterministic": _BOOL, "lanes": _count, "pages": _COUNT_OR_NONE, "page_size": _count, "chunk": _count,
     "preempt": _one_of("swap", "recompute", "never"),
     "threads": _threads,
-    "model": _STR, "fingerprint": _STR, "dtype": _one_of("float32", "float64"),
+    "model": _STR, "fingerprint": _STR, "dtype": _one_of("float32", "float64", "float16", "bfloat16"),
+    "device": _STR_OR_NONE,
     "template": lambda value: None if value is None else _one_of("raw")(value),
     "functions": _STR_OR_NONE, "id": _STR,
 }  # fmt: skip

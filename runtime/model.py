@@ -51,6 +51,7 @@ class Decoder:
     dtype: torch.float32 or torch.float64, which `forward` computes in; torch.float16 and torch.bfloat16 for a device
     device: where the weights go
     pack: for a CPU's own linears; False keeps the weights plain, for kernels that read them
+    num_logits: how many tokens may be drawn: checkpoints pad the vocabulary beyond their tokenizer's. All by default
     Raises PlanError `bad-model` naming a tensor that is missing or of the wrong shape.
     """
 
@@ -63,6 +64,7 @@ class Decoder:
         device: str = "cpu",
         name: str = "weights",
         pack: bool = True,
+        num_logits: int | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"the decoder computes in one of {DTYPES}, not {dtype}")
@@ -76,9 +78,9 @@ class Decoder:
         self.embedding = take("model.embed_tokens.weight", vocab, hidden)
         self.layers = tuple(_layer(config, take, f"model.layers.{i}.", pack) for i in range(config.num_layers))
         self.final_norm = take("model.norm.weight", hidden)
-        self.lm_head = Linear(
-            self.embedding if config.tied_embeddings else take("lm_head.weight", vocab, hidden), pack=pack
-        )
+        self.num_logits = vocab if num_logits is None else min(num_logits, vocab)
+        head = self.embedding if config.tied_embeddings else take("lm_head.weight", vocab, hidden)
+        self.lm_head = Linear(head[: self.num_logits], pack=pack)
 
     @torch.no_grad()
     def forward(
@@ -95,7 +97,7 @@ class Decoder:
         positions: [num_tokens], int64; what rotates them is `attend`'s, and nothing here reads them
         logit_rows: [num_rows], int64, indices of the tokens whose logits are wanted; may be empty
         shapes: sizes that all calls are padded to, so that no row's bits depend on the rows beside it
-        Returns [num_rows, vocab_size], of the decoder's dtype.
+        Returns [num_rows, num_logits], of the decoder's dtype.
         Raises ValueError if the shapes disagree.
         """
         num_tokens = token_ids.shape[0]
@@ -110,7 +112,7 @@ class Decoder:
             (hidden,) = _over(sizes, partial(self._after, layer), hidden, _pad(attended, padded))
         num_rows = logit_rows.shape[0]
         if num_rows == 0:
-            return hidden.new_empty(0, self.config.vocab_size)
+            return hidden.new_empty(0, self.num_logits)
         sizes = _sizes(num_rows, None if shapes is None else shapes.logit_rows)
         (logits,) = _over(sizes, self._head, _pad(hidden.index_select(0, logit_rows), sum(sizes)))
         return logits[:num_rows]

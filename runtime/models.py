@@ -50,9 +50,13 @@ def load(
     device: `cuda` or `cuda:N`, where an engine runs it by the kernels; `cpu` does the same by their torch definitions,
         slowly, to try it; None for the engine's own way on a CPU
     Raises PlanError `no-model` (there is none of that name here), `bad-model` (broken or not supported),
-    `bad-template`, or `no-device` (there is no such device here).
+    `bad-template`, or `bad-device` (there is no such device here, or none was named for a dtype that needs one).
     """
     place = _Place(dtype, _device(device))
+    if device is None and dtype not in (torch.float32, torch.float64):
+        raise PlanError(
+            Diagnostic("bad-device", f"{dtype} needs a device's kernels", help="`--device cuda`, or `--dtype float32`")
+        )
     if template not in (None, "raw"):
         raise PlanError(Diagnostic("bad-template", f"there is no chat template `{template}`", help="`--template raw`"))
     if name == "random" or name.startswith("random:"):
@@ -84,9 +88,17 @@ class _Place:
     dtype: torch.dtype
     device: torch.device | None
 
-    def decoder(self, config: ModelConfig, weights: Mapping[str, Tensor], name: str) -> Decoder:
+    def decoder(self, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, name: str) -> Decoder:
         where = torch.device("cpu") if self.device is None else self.device
-        return Decoder(config, weights, dtype=self.dtype, device=str(where), name=name, pack=self.device is None)
+        return Decoder(
+            config,
+            weights,
+            dtype=self.dtype,
+            device=str(where),
+            name=name,
+            pack=self.device is None,
+            num_logits=tokenizer.vocab_size,
+        )
 
 
 def _device(name: str | None) -> torch.device | None:
@@ -100,7 +112,7 @@ def _device(name: str | None) -> torch.device | None:
         return device
     raise PlanError(
         Diagnostic(
-            "no-device", f"there is no device `{name}` here", help="`cuda` needs an NVIDIA or AMD GPU and torch for it"
+            "bad-device", f"there is no device `{name}` here", help="`cuda` needs an NVIDIA or AMD GPU and torch for it"
         )
     )
 
@@ -111,22 +123,23 @@ def _load_random(name: str, place: _Place, template: str | None) -> LoadedModel:
         raise PlanError(Diagnostic("no-model", f"`{text}` is no seed for the random model", help="`random:SEED`"))
     tokenizer = byte_tokenizer()
     config = random_config(tokenizer)
-    decoder = place.decoder(config, random_weights(config, tokenizer, int(text)), name)
+    decoder = place.decoder(config, random_weights(config, tokenizer, int(text)), tokenizer, name)
     return _loaded(decoder, tokenizer, name, template, f"random {int(text)} {config}".encode())
 
 
 def _load_folder(folder: Path, name: str, place: _Place, template: str | None) -> LoadedModel:
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    decoder = place.decoder(config, SafetensorsFolder(folder), str(folder))
+    decoder = place.decoder(config, SafetensorsFolder(folder), tokenizer, str(folder))
     files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jinja", ".safetensors")]
     return _loaded(decoder, tokenizer, name, template, b"".join(map(_sample, files)))
 
 
 def _load_gguf(path: Path, name: str, place: _Place, template: str | None) -> LoadedModel:
     file = GgufFile(path)
-    decoder = place.decoder(file.config, file, name)
-    return _loaded(decoder, Tokenizer.from_gguf(file), name, template, _sample(path))
+    tokenizer = Tokenizer.from_gguf(file)
+    decoder = place.decoder(file.config, file, tokenizer, name)
+    return _loaded(decoder, tokenizer, name, template, _sample(path))
 
 
 def _loaded(decoder: Decoder, tokenizer: Tokenizer, name: str, template: str | None, identity: bytes) -> LoadedModel:

@@ -25,6 +25,7 @@ from anabranch.runtime.attention import Block
 from anabranch.runtime.automata import Automaton, DfaAutomaton, LinesAutomaton, TooLarge, tables
 from anabranch.runtime.constrain import AutomatonConstraint
 from anabranch.runtime.device import Device, DeviceLists, Reads, runs_read
+from anabranch.runtime.drawing import bitmap, penal
 from anabranch.runtime.graphs import Graphs
 from anabranch.runtime.model import Layer
 from anabranch.runtime.pages import Segment
@@ -135,7 +136,7 @@ class Waves:
 
     device: where
     lanes: most of them
-    vocab_size, end_tokens: of the tokenizer
+    vocab_size: tokens that may be drawn; end_tokens: those that end a turn
     run_ahead: launches that may be under way while the host handles what came before
     num_free: pages that the pool can give away now
     keeps_reads: whether `Drawn.reads` is wanted
@@ -159,6 +160,7 @@ class Waves:
         self.rows_dropped = 0
         self._device = device
         self._lanes = lanes
+        self._vocab_size = vocab_size
         self._run_ahead = run_ahead
         self._num_free = num_free
         self._keeps_reads = keeps_reads
@@ -278,8 +280,8 @@ class Waves:
                 options["temperature"], options["top_p"], options["min_p"], options["repetition_penalty"],
                 options["presence_penalty"],
             ])  # fmt: skip
-            if _penal(draw):
-                self._seen[seat.row] = _bitmap(lane.drawn_ids, self._seen.shape[1]).to(self._seen.device)
+            if penal(draw):
+                self._seen[seat.row] = bitmap(lane.drawn_ids, self._vocab_size).to(self._seen.device)
         where = self._ints.device
         rows = torch.tensor([seat.row for seat, _ in fresh], device=where)
         self._ints[:, rows] = torch.tensor(ints, dtype=torch.int64, device=where).T
@@ -303,14 +305,14 @@ class Waves:
         count = min(1 << max(self._seats).bit_length(), self._lanes)
         seated = self._seats.values()
         typed = any(seat.draw.generation.constraint is not None for seat in seated)
-        penal = any(_penal(seat.draw) for seat in seated)
-        self._graphs.prepare(count, typed, penal, quiet=lambda: self._mark([]))
+        penalized = any(penal(seat.draw) for seat in seated)
+        self._graphs.prepare(count, typed, penalized, quiet=lambda: self._mark([]))
         self._mark(sorted(seat.row for seat in due))
         reads: Reads = []
         if self._keeps_reads:
             lengths = [self._seats[row].fed + 1 if row in self._seats else 0 for row in range(count)]
             reads = runs_read(self._lists, lengths, self._device.page_size)
-        tokens, logprob, logits = self._graphs.run(count, typed, penal)
+        tokens, logprob, logits = self._graphs.run(count, typed, penalized)
         launch = self._fetch(tokens, logprob, logits, reads)
         for seat in due:
             seat.waiting.append(launch)
@@ -370,7 +372,7 @@ class Waves:
         self._page_table[:count, :most] = table.to(self._page_table.device)
         return True
 
-    def _step(self, count: int, typed: bool, penal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, count: int, typed: bool, penalized: bool) -> tuple[Tensor, Tensor, Tensor]:
         """One launch over `count` rows: tokens int64 [count], their log-probability fp32 [count], and the logits that
         they were drawn from, fp32 [count, vocab].
 
@@ -405,7 +407,7 @@ class Waves:
                 ints[_Int.LEFT].to(torch.int32),
                 self._end_tokens,
             )
-        seen = self._seen[:count] if penal else None
+        seen = self._seen[:count] if penalized else None
         drawn, logprob = sample(
             logits,
             floats[_Float.TEMPERATURE],
@@ -416,8 +418,8 @@ class Waves:
             ints[_Int.INDEX],
             mask,
             seen,
-            floats[_Float.REPETITION] if penal else None,
-            floats[_Float.PRESENCE] if penal else None,
+            floats[_Float.REPETITION] if penalized else None,
+            floats[_Float.PRESENCE] if penalized else None,
         )
         able = active & (drawn >= 0)
         safe = drawn.clamp(min=0)
@@ -431,7 +433,7 @@ class Waves:
             at = torch.where(able & (state >= 0), at, state)
             goes_on &= ~self._automata.final[at.clamp(min=0)] | (at < 0)
             state.copy_(at)
-        if penal:
+        if penalized:
             word, bit = safe // 32, torch.ones_like(safe) << (safe % 32)
             # Bit 31 is the sign.
             bit = torch.where(bit > 0x7FFFFFFF, bit - (1 << 32), bit).to(torch.int32)
@@ -484,22 +486,9 @@ class _Automata:
         base, count = self._used, len(found.distance)
         part = slice(base, base + count)
         moves = torch.from_numpy(found.next_state)
-        # A decoder's vocabulary may be larger than its tokenizer's.
-        self.next_state[part, : moves.shape[1]] = torch.where(moves >= 0, moves + base, moves).to(self._device)
+        self.next_state[part] = torch.where(moves >= 0, moves + base, moves).to(self._device)
         self.distance[part] = torch.from_numpy(found.distance).to(self._device)
         self.accepting[part] = torch.from_numpy(found.accepting).to(self._device)
         self.final[part] = torch.from_numpy(found.final).to(self._device)
         self._used += count
         return base
-
-
-def _penal(draw: Draw) -> bool:
-    return draw.parameters["repetition_penalty"] != 1 or draw.parameters["presence_penalty"] != 0
-
-
-def _bitmap(tokens: Sequence[int], words: int) -> Tensor:
-    """int32 [words] with the bits of `tokens`."""
-    bits = torch.zeros(words * 32, dtype=torch.int64)
-    bits[torch.tensor(list(tokens), dtype=torch.int64)] = 1
-    packed = (bits.view(words, 32) << torch.arange(32)).sum(1)
-    return torch.where(packed > 0x7FFFFFFF, packed - (1 << 32), packed).to(torch.int32)

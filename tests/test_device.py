@@ -276,7 +276,7 @@ def test_what_the_kernels_do_not_support_is_refused_by_name() -> None:
         Engine(model(), EngineConfig(run_ahead=-1))
     with pytest.raises(PlanError) as error:
         load("random", device="cuda:99")
-    assert error.value.diagnostics[0].code == "no-device"
+    assert error.value.diagnostics[0].code == "bad-device"
     with pytest.raises(PlanError):
         load("random", device="no such")
 

@@ -127,7 +127,7 @@ def header(text: str, **changed: Any) -> Header:
         "anabranch": anabranch.__version__, "source": "a.plan", "text": text, "plan": parse_text(text).plans[-1].name,
         "inputs": ({"q": "why?"},), "many": False, "seed": 1, "deterministic": True, "lanes": 4, "pages": 512,
         "page_size": 4, "chunk": 64, "model": "random", "fingerprint": model().fingerprint, "preempt": "swap",
-        "threads": 1, "dtype": "float32", "template": None, "functions": None,
+        "threads": 1, "dtype": "float32", "device": None, "template": None, "functions": None,
     }  # fmt: skip
     return Header(**{**fields, **changed})
 

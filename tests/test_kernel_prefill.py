@@ -438,6 +438,8 @@ def test_what_is_not_supported_is_named() -> None:
         call(q.half(), positions, *pools, blocks, num_blocks, spans, *pages)
     with pytest.raises(ValueError, match="block_m=8"):
         call(q, positions, *pools, blocks, num_blocks, spans, *pages, block_m=8)
+    with pytest.raises(ValueError, match="block_m=128 is at most 64"):
+        call(q, positions, *pools, blocks, num_blocks, spans, *pages, block_m=128)
     with pytest.raises(ValueError, match="blocks are"):
         call(q, positions, *pools, blocks[:, :3].contiguous(), num_blocks, spans, *pages)
     with pytest.raises(ValueError, match="spans are"):

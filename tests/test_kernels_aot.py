@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import linecache
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from types import ModuleType
 
 import pytest
 
+from anabranch.kernels import aot_build
 from anabranch.kernels.aot import MODULES, TARGETS, Built, Target, build, problems, shipped_configs
 from anabranch.kernels.aot_build import aligned, read_amdgcn, read_sass
 from anabranch.kernels.aot_cache import Cache
@@ -41,12 +43,20 @@ if HAS_TRITON:
     import triton.language as tl
 
 
+    ONE = tl.constexpr(1)
+
+
+@jit
+def same(number):
+    return number
+
+
 @jit
 def product_kernel(a_ptr, b_ptr, out_ptr, a_stride, SIZE: tl.constexpr, EXACT: tl.constexpr):
     at = tl.arange(0, SIZE)
     a = tl.load(a_ptr + at[:, None] * a_stride + at[None, :])
     b = tl.load(b_ptr + at[:, None] * SIZE + at[None, :])
-    product = tl.dot(a, b, input_precision="ieee" if EXACT else "tf32")
+    product = same(tl.dot(a, b, input_precision="ieee" if EXACT else "tf32")) * ONE
     tl.store(out_ptr + at[:, None] * SIZE + at[None, :], product)
 
 
@@ -299,18 +309,39 @@ def test_figures_are_kept(module: ModuleType, tmp_path: Path) -> None:
 
 
 @needs_triton
-def test_a_changed_source_is_built_again(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be it the kernel's own module or one that it imports."""
-    config = named(module, "fine")
-    key = Cache(tmp_path).key(config, SM_80)
-    assert Cache(tmp_path).key(config, SM_80) == key
-    source = Path(str(module.__file__))
-    source.write_text(source.read_text() + "\n# changed\n")
-    changed = Cache(tmp_path).key(config, SM_80)
-    assert changed != key
-    real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"\n# changed\n" * (path.name == "jit.py"))
-    assert Cache(tmp_path).key(config, SM_80) != changed
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("tl.store(out_ptr + at[:, None]", "tl.store(out_ptr + 0 + at[:, None]"), ("return number", "return number + 0"),
+     ("constexpr(1)", "constexpr(2)")],
+    ids=["kernel", "function", "constant"],
+)  # fmt: skip
+def test_a_changed_source_is_built_again(module: ModuleType, tmp_path: Path, before: str, after: str) -> None:
+    """Be it the kernel's, that of a function it calls or a constant; another kernel's does not matter."""
+
+    def key(text: str) -> str:
+        name = f"{module.__name__}_again"
+        Path(tmp_path, f"{name}.py").write_text(text)
+        Path(tmp_path, "__pycache__", f"{name}.cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc").unlink(True)
+        invalidate_caches()
+        linecache.clearcache()
+        again = import_module(name)
+        del sys.modules[name]
+        return Cache(tmp_path).key(named(again, "fine"), SM_80)
+
+    assert KERNELS.count(before) == 1
+    whole = key(KERNELS)
+    assert key(KERNELS) == key(KERNELS.replace("there_is_no_such_name", "nor_this")) == whole
+    assert key(KERNELS.replace(before, after)) != whole
+
+
+@needs_triton
+def test_another_reading_is_made_again(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads the machine code is part of the key."""
+    key = Cache(tmp_path).key(named(module, "fine"), SM_80)
+    changed = tmp_path / "aot_build.py"
+    changed.write_text(Path(aot_build.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(aot_build, "__file__", str(changed))
+    assert Cache(tmp_path).key(named(module, "fine"), SM_80) != key
 
 
 @needs_triton
@@ -422,13 +453,25 @@ def test_without_triton_the_command_says_so(
     monkeypatch.setattr("anabranch.kernels.aot_command.HAS_TRITON", False)
     assert main([]) == 2
     assert "pip install 'anabranch[gpu]'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["--jobs", "0"])
+
+
+@needs_triton
+def test_wrong_options_are_told_before_anything_is_built(
+    module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number of workers, a folder that is missing, and one that cannot be made."""
+    for options, said in ((["--jobs", "0"], "at least 1"), (["--table", str(tmp_path / "no" / "t")], "no folder")):
+        with pytest.raises(SystemExit):
+            main(options)
+        assert said in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["--full", "--cache", str(tmp_path / "file" / "figures")], [module.__name__]) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_the_grouped_table_shows_the_worst() -> None:
     """Of each kernel, type and head size."""
-    configs = [config for config in shipped_configs() if config.constexprs["HEAD_DIM"] == 64][:2]
+    configs = [config for config in shipped_configs() if kernel(config) == "segment_attention"][:2]
     done = [
         ((configs[0], SM_80), FINE),
         (
@@ -443,7 +486,7 @@ def test_the_grouped_table_shows_the_worst() -> None:
 
 
 @needs_triton
-def test_the_shipped_kernels_are_fine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shipped_kernels_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
     """The builds that stand for all have no problem. Figures of earlier runs are used, as on a developer's machine."""
-    done = main(["--jobs", "2", "--cache", "build/kernels"])
+    done = main(["--jobs", "2", "--cache", str(Path(__file__).parent.parent / "build" / "kernels")])
     assert done == 0, capsys.readouterr().out

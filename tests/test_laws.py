@@ -161,3 +161,20 @@ def test_the_seed_and_the_inputs_place_matter() -> None:
     assert drawn(first) == drawn(again)
     assert drawn(first) != drawn(second)
     assert drawn(first) != drawn(other)
+
+
+def test_a_join_may_be_by_what_a_branch_is_given() -> None:
+    """The index of a fork, and the index and item of a map, are keys that every branch has."""
+    text = """
+    go = plan() {
+      a = fork(i: 3) { x = gen("n", max=3); return(x); } join(quorum(1, i));
+      b = map(k, s: ["3", "4", "3"]) { x = gen("n", max=3); return(x); } join(vote(s), drop);
+      c = fork(i: 3) { x = gen("n", max=3); return(i); } join(best(i), stitch);
+      d = map(k, s: ["3", "4"]) { x = gen("n", max=3); return(k); } join(best(k), stitch);
+      return([b, "#{a} #{c} #{d}"]);
+    }
+    """
+    plan = Plan.parse(text)
+    [result] = run(ROOMY, [plan], seed=3)
+    assert result.value == ["3", "0 2 1"]
+    hold_against_reference(plan, result)

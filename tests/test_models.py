@@ -24,6 +24,7 @@ from anabranch.dsl.diagnostics import PlanError
 from anabranch.runtime import models, smollm2
 from anabranch.runtime.chat import RawChat
 from anabranch.runtime.config import ModelConfig
+from anabranch.runtime.engine import Engine, EngineConfig
 from anabranch.runtime.model import Decoder
 from anabranch.runtime.models import load
 from anabranch.runtime.rope import rope_table, rotate
@@ -535,3 +536,21 @@ def test_cache_that_cannot_be_written_is_said(cache: Path) -> None:
         load("smollm2")
     assert caught.value.code == "bad-model" and "set ANABRANCH_CACHE to another folder" in str(caught.value)
     assert "600 MB" not in str(caught.value)
+
+
+def test_a_vocabulary_that_is_padded_is_drawn_from_as_far_as_its_tokenizer_goes(tmp_path: Path) -> None:
+    """Rows that a checkpoint adds beyond its tokenizer's have no logits, whatever their weights; typed gens work."""
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(**{**TINY, "vocab_size": tokenizer.vocab_size + 40})
+    network = random_model(config)
+    with torch.no_grad():
+        # Had they logits, they would be drawn at once.
+        network.lm_head.weight[tokenizer.vocab_size :] *= 100
+    network.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.spec), encoding="utf-8")
+    loaded = load(str(tmp_path), template="raw")
+    assert loaded.decoder.num_logits == tokenizer.vocab_size
+    plan = """go = plan() { a = gen("x", max=8); b = gen("n", type=int, max=4); return(b); }"""
+    result = Engine(loaded, EngineConfig(lanes=1, pages=64)).run(plan)[0]
+    assert result.status == "ok", result.reason
+    assert isinstance(result.value, int)

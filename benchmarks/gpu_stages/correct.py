@@ -24,7 +24,7 @@ from anabranch.kernels.norms import rms_norm_residual_torch
 from anabranch.kernels.rope_append import rope_append_torch
 from anabranch.kernels.sample_device import automaton_mask_torch, sample_torch
 from anabranch.kernels.segment_attention import HEAD_DIMS, PAGE_SIZES, segment_attention_torch, supports
-from anabranch.kernels.segment_prefill import segment_prefill_torch
+from anabranch.kernels.segment_prefill import largest_block, segment_prefill_torch
 from anabranch.kernels.swiglu import swiglu_packed_torch
 from anabranch.runtime.device import _Prefill
 from gpu_stages.log import Figures, Log
@@ -300,11 +300,11 @@ PREFILLS = {
         *(
             (Sizes(prefix, 3, 90, heads, dim, page, stitched=2, window=window, head_first=dim == 96), block_m)
             for dim, heads, page in _SIZES
-            for prefix, window, block_m in ((133, 0, 16), (1030, 70, 64))
+            for prefix, window, block_m in ((133, 0, 16), (517, 0, 32), (1030, 70, 64))
         ),
         (Sizes(1, 1, 1, (2, 1), 64), 16),
         (Sizes(2048, 2, 700, (32, 8), 128), 64),
-        (Sizes(2048, 2, 700, (32, 8), 128), 128),
+        (Sizes(2048, 2, 700, (32, 8), 128, page_size=128), 32),
         (Sizes(8192, 1, 300, (16, 8), 128), 64),
     ],
     True: [(Sizes(37, 3, 40, (4, 2), 64, stitched=2), 16), (Sizes(20, 2, 33, (3, 1), 80, window=7), 16)],
@@ -314,8 +314,7 @@ PREFILLS = {
 def prefill(launch: Launch, dtype: torch.dtype, case: tuple[Sizes, int]) -> Pairs:
     """segment_prefill by the executor's blocks: the newest two thirds of each thread's open segment."""
     sizes, block_m = case
-    if not supports(block_m, sizes.head_dim, dtype):
-        block_m = 64
+    block_m = min(block_m, largest_block(sizes.head_dim, dtype))
     made = wave(sizes, dtype)
     blocks = made.blocks([max(1, 2 * row.segment.length // 3) for row in made.rows])
     firsts, positions = [], []

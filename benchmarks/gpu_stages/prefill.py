@@ -22,6 +22,7 @@ from gpu_stages.timing import cold_buffers, measure
 DTYPE = torch.bfloat16
 PAGE_SIZE = 16
 TOLERANCE = 0.06
+BLOCK_ROWS = (32, 64)
 
 
 class Shape(NamedTuple):
@@ -48,10 +49,10 @@ TINY = (Shape(0, 40, 1, (4, 2), 64), Shape(50, 9, 3, (4, 2), 64))
 def run(log: Log) -> None:
     """Every shape with every tile, and SDPA beside it."""
     for shape in TINY if log.small else SHAPES:
-        for block_m in (64, 128):
+        for block_m in BLOCK_ROWS:
             log.case(f"{shape.label}, block_m {block_m}", partial(ours, log.device, shape, block_m))
         log.case(f"{shape.label}, SDPA", partial(theirs, log.device, shape))
-        best = min(log.rows[f"{shape.label}, block_m {m}"]["us"] for m in (64, 128))
+        best = min(log.rows[f"{shape.label}, block_m {m}"]["us"] for m in BLOCK_ROWS)
         peer = log.rows[f"{shape.label}, SDPA"]
         if "us" in peer:
             log.headlines[f"{shape.label}: SDPA to ours"] = peer["us"] / best

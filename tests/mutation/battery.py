@@ -25,12 +25,13 @@ from anabranch.compiler.scheduler import Need, Policy
 from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
 from anabranch.dsl.diagnostics import PlanError
 from anabranch.dsl.printer import print_plan
+from anabranch.runtime.drawing import DrawRow
 from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult
 from anabranch.runtime.events import BranchEnded, BranchStarted, Event, GenEnded, Joined
 from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.recorder import Recorder
 from anabranch.runtime.reference import ReferenceMismatch, Report, check_run
-from anabranch.runtime.tasks import Draw, Task
+from anabranch.runtime.tasks import Task
 from anabranch.testing import Plan, plans
 
 TOLERANCE = 1e-9
@@ -100,15 +101,14 @@ class WatchedEngine(Engine):
 
     noise: set[tuple[int, tuple[int, int], int]]
 
-    def _draw(
-        self, logits: Tensor, draws: Sequence[Draw], masks: Sequence[Tensor | None], tasks: Sequence[Task]
-    ) -> Tensor:
-        for request, task in zip(draws, tasks, strict=True):
-            taken = (id(task.run), request.key, task.drawn)
+    def _draw(self, rows: Sequence[DrawRow], tasks: Sequence[Task]) -> list[tuple[int, float]]:
+        for row, task in zip(rows, tasks, strict=True):
+            key = row.request.key
+            taken = (id(task.run), key, task.drawn)
             if taken in self.noise:
-                raise Caught("noise", f"two draws share the noise of {request.key} at {task.drawn}")
+                raise Caught("noise", f"two draws share the noise of {key} at {task.drawn}")
             self.noise.add(taken)
-        return super()._draw(logits, draws, masks, tasks)
+        return super()._draw(rows, tasks)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class Dtype(StrEnum):
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
 
 
 class Preempt(StrEnum):
@@ -209,6 +211,13 @@ def run(
     ] = Preempt.SWAP,
     model: Model = "smollm2",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What to compute in.")] = Dtype.FLOAT32,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="DEVICE", help="cuda, cuda:N, or cpu to try a device's path without one."),
+    ] = None,
+    run_ahead: Annotated[
+        int, typer.Option("--run-ahead", min=0, max=64, help="On a device: steps that run ahead of the host.")
+    ] = 1,
     template: Annotated[
         Template | None, typer.Option("--template", help="raw: no chat template. The model's own by default.")
     ] = None,
@@ -240,6 +249,8 @@ def run(
             preempt=preempt.value,
             model=model,
             dtype=dtype.value,
+            device=device,
+            run_ahead=run_ahead,
             template=template.value if template else None,
             functions=functions,
             journal=journal,

@@ -9,7 +9,7 @@ import typer
 
 import anabranch
 from anabranch.cli.errors import fail
-from anabranch.cli.run import exit_unless_ok, run_all, show_results, view_of
+from anabranch.cli.run import engine_for, exit_unless_ok, run_all, show_results, view_of
 from anabranch.cli.sources import host_functions
 from anabranch.cli.text import printable
 from anabranch.dsl.diagnostics import Source
@@ -65,7 +65,9 @@ def _finished(entries: Sequence[LogEntry]) -> RunResult | None:
 
 
 def _engine(file: str, header: Header, model: str | None) -> Engine:
-    loaded = load(model or header.model, dtype=getattr(torch, header.dtype), template=header.template)
+    loaded = load(
+        model or header.model, dtype=getattr(torch, header.dtype), template=header.template, device=header.device
+    )
     if loaded.fingerprint != header.fingerprint:
         fail(
             "bad-journal",
@@ -75,7 +77,7 @@ def _engine(file: str, header: Header, model: str | None) -> Engine:
         )
     # The bits of a deterministic run are those of its number of threads.
     torch.set_num_threads(header.threads)
-    return Engine(
+    return engine_for(
         loaded,
         EngineConfig(
             lanes=header.lanes,

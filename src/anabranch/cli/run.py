@@ -14,7 +14,7 @@ import torch
 import typer
 
 import anabranch
-from anabranch.cli.errors import FAILED
+from anabranch.cli.errors import FAILED, fail
 from anabranch.cli.files import check_writable, write_whole
 from anabranch.cli.inputs import read_inputs
 from anabranch.cli.live import Lines, LiveTree, Silent, View
@@ -31,7 +31,7 @@ from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult
 from anabranch.runtime.events import BranchStarted, Event
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.journal import Header, Journal
-from anabranch.runtime.models import load
+from anabranch.runtime.models import LoadedModel, load
 from anabranch.runtime.recorder import Recorder
 
 
@@ -51,6 +51,8 @@ class Settings:
     preempt: Literal["swap", "recompute", "never"]
     model: str
     dtype: str
+    device: str | None
+    run_ahead: int
     template: str | None
     functions: str | None
     journal: str | None
@@ -77,8 +79,10 @@ def _run(file: str, settings: Settings, journal: Journal | None) -> None:
     if settings.schedule is not None:
         check_writable(settings.schedule)
     recorder = Recorder() if settings.verify or settings.schedule is not None else None
-    model = load(settings.model, dtype=getattr(torch, settings.dtype), template=settings.template)
-    engine = Engine(
+    model = load(
+        settings.model, dtype=getattr(torch, settings.dtype), template=settings.template, device=settings.device
+    )
+    engine = engine_for(
         model,
         EngineConfig(
             lanes=settings.lanes,
@@ -87,8 +91,9 @@ def _run(file: str, settings: Settings, journal: Journal | None) -> None:
             chunk=settings.chunk,
             deterministic=settings.deterministic,
             preempt=settings.preempt,
+            run_ahead=settings.run_ahead,
         ),
-        recorder=recorder,
+        recorder,
     )
     compiled = engine.compile(program, plan.name, tuple(functions))
     for warning in compiled.warnings:
@@ -119,6 +124,14 @@ def _run(file: str, settings: Settings, journal: Journal | None) -> None:
     if recorder is not None:
         _keep(recorder.recording(), settings, engine)
     exit_unless_ok(results, stopped=stopped.is_set())
+
+
+def engine_for(model: LoadedModel, config: EngineConfig, recorder: Recorder | None = None) -> Engine:
+    """An engine. Raises PlanError `bad-device` where the kernels do not support the model or the sizes."""
+    try:
+        return Engine(model, config, recorder=recorder)
+    except ValueError as error:
+        fail("bad-device", str(error), "without `--device` it runs on the CPU")
 
 
 def run_all(engine: Engine, runs: Sequence[Run], view: View, stopped: Flag, journal: Journal | None) -> None:
@@ -177,6 +190,7 @@ def _header(
         model=_absolute(settings.model),
         fingerprint=fingerprint,
         dtype=settings.dtype,
+        device=settings.device,
         template=settings.template,
         functions=None if settings.functions is None else _absolute(settings.functions),
     )

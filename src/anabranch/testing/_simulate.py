@@ -25,6 +25,7 @@ from anabranch.runtime.chat import read_chat
 from anabranch.runtime.config import ModelConfig, RopeConfig
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context
+from anabranch.runtime.drawing import DrawRow
 from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult, _Work
 from anabranch.runtime.generation import encode_bytes
 from anabranch.runtime.model import Attend, Decoder
@@ -157,15 +158,15 @@ class _Simulator(Engine):
                     work.draw.generation.cut("failed", "the trace breaks it here")
         super()._sample(sampling)
 
-    def _draw(
-        self, logits: Tensor, draws: Sequence[Draw], masks: Sequence[Tensor | None], tasks: Sequence[Task]
-    ) -> Tensor:
-        return torch.tensor(
-            [
-                self._token(request, mask, self._outcome(task, request))
-                for request, mask, task in zip(draws, masks, tasks, strict=True)
-            ]
-        )
+    def _draw(self, rows: Sequence[DrawRow], tasks: Sequence[Task]) -> list[tuple[int, float]]:
+        tokens = [
+            self._token(row.request, row.mask, self._outcome(task, row.request))
+            for row, task in zip(rows, tasks, strict=True)
+        ]
+        return [
+            (token, self.logprob(row.logits, token) if row.request.wants_logprobs else 0.0)
+            for token, row in zip(tokens, rows, strict=True)
+        ]
 
     def _outcome(self, task: Task, request: Draw) -> Outcome:
         outcomes = self.scripts[task.run].outcomes
@@ -207,6 +208,8 @@ class _Decoder:
         self.config = config
         self.dtype = torch.float32
         self.device = torch.device("cpu")
+        self.packed = True
+        self.num_logits = config.vocab_size
         generator = np.random.Generator(np.random.PCG64(0))
         self._rows = torch.from_numpy(generator.standard_normal((64, config.vocab_size), dtype=np.float32))
 
