@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{name} {value}" for name, value in found.items() if name != "source"), flush=True)
     for stage in STAGES:
         if stage.name in (options.stage or [each.name for each in STAGES]):
-            supervise(stage, options)
+            supervise(stage, options, settings(found, options))
     return report(options, found)
 
 
@@ -102,7 +102,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny sizes: they try the script and measure nothing")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--facts", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    # Stages run in the tree's folder.
+    options.out = options.out.resolve()
+    return options
 
 
 def command(options: argparse.Namespace) -> list[str]:
@@ -111,11 +114,20 @@ def command(options: argparse.Namespace) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), *same, *(["--small"] if options.small else [])]
 
 
-def supervise(stage: Stage, options: argparse.Namespace) -> None:
-    """Run a stage in its own process, and write down what became of it where it could not."""
+def supervise(stage: Stage, options: argparse.Namespace, current: dict[str, Any]) -> None:
+    """Run a stage in its own process, and write down what became of it where it could not.
+
+    current: the settings of this run
+    """
     file = options.out / f"{stage.name}.json"
     if options.again:
         file.unlink(missing_ok=True)
+    missing = [name for name in stage.needs if find_spec(name) is None]
+    if missing:
+        reason = f"needs {', '.join(missing)}"
+        write(file, {"stage": stage.name, "status": "skipped", "reason": reason, "settings": current})
+        print(f"{stage.name}: skipped - {reason}", flush=True)
+        return
     # The first card alone is seen, whatever the process does.
     environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ
     if options.triton_cache is not None:
@@ -136,8 +148,11 @@ def supervise(stage: Stage, options: argparse.Namespace) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     found = read(file)
-    if process.returncode and found.get("status") != "failed":
-        found |= {"stage": stage.name, "status": "failed", "reason": reason}
+    if found.get("settings") != current:
+        # It died before it could drop what an earlier run had found.
+        found = {}
+    if not found or (process.returncode and found["status"] != "failed"):
+        found |= {"stage": stage.name, "status": "failed", "reason": reason, "settings": current}
         found.setdefault("elapsed_s", round(time.monotonic() - started, 1))
         write(file, found)
     print(f"{stage.name}: {found['status']}{' - ' * bool(found.get('reason'))}{found.get('reason', '')}", flush=True)
@@ -160,10 +175,7 @@ def work(options: argparse.Namespace) -> int:
         small=options.small,
         limit_s=options.limit_s,
     )
-    missing = [name for name in stage.needs if find_spec(name) is None]
-    if missing:
-        log.end("skipped", f"needs {', '.join(missing)}")
-    elif not log.is_done:
+    if not log.is_done:
         log.begin()
         try:
             reason = importlib.import_module(f"gpu_stages.{stage.name}").run(log)
@@ -193,9 +205,7 @@ def prepare() -> None:
 def report(options: argparse.Namespace, found: dict[str, Any]) -> int:
     """Print the table and write the summary of all stages that were run so; returns the exit status."""
     stages = {stage.name: read(options.out / f"{stage.name}.json") for stage in STAGES}
-    # A stage that died before it could say what it ran on has no settings.
-    current = (None, settings(found, options))
-    stages = {name: stage for name, stage in stages.items() if stage and stage.get("settings") in current}
+    stages = {name: stage for name, stage in stages.items() if stage.get("settings") == settings(found, options)}
     print(f"\n{'stage':<10} {'status':<10} {'s':>6}  cases")
     for name, stage in stages.items():
         line = f"{name:<10} {stage['status']:<10} {stage.get('elapsed_s', 0):>6.0f}  {len(stage.get('rows', {}))}"

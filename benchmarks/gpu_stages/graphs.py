@@ -32,11 +32,12 @@ def run(log: Log) -> None:
 
 def compare(log: Log, model: Decoder, deterministic: bool) -> Figures:
     """The plain run, eager and with nothing ahead, against all others."""
-    steps = 12 if log.small else 80
-    expected_tokens, expected_logits, _ = play(model, deterministic, 0, steps, eager=True)
+    # Past a horizon of 64 tokens, and a prefix of more than one chunk.
+    steps, prompt = (6, 37) if log.small else (80, 1100)
+    expected_tokens, expected_logits, _ = play(model, deterministic, 0, steps, prompt, eager=True)
     figures: Figures = {}
     for eager, ahead in ((True, 1), (False, 0), (False, 1), (False, 2)):
-        tokens, logits, facts = play(model, deterministic, ahead, steps, eager=eager)
+        tokens, logits, facts = play(model, deterministic, ahead, steps, prompt, eager=eager)
         kind = f"{'eager' if eager else 'graphs'}, run-ahead {ahead}"
         if tokens != expected_tokens:
             figures["error"] = f"{kind}: other tokens"
@@ -51,7 +52,7 @@ def compare(log: Log, model: Decoder, deterministic: bool) -> Figures:
 
 
 def play(
-    model: Decoder, deterministic: bool, ahead: int, steps: int, *, eager: bool
+    model: Decoder, deterministic: bool, ahead: int, steps: int, prompt_tokens: int, *, eager: bool
 ) -> tuple[list[list[int]], list[Tensor], Figures]:
     """Each lane's tokens, the logits of each draw, and what the captured graphs take."""
     release()
@@ -59,7 +60,7 @@ def play(
     watched = Watched(Eager(rig.launch, rig.device.device) if eager else rig.graphs)
     rig.graphs = watched
     prompt = Segment(rig.pool, 0)
-    rig.feed(prompt, [(7 * i + 3) % model.config.vocab_size for i in range(37 if steps < 40 else 1100)])
+    rig.feed(prompt, [(7 * i + 3) % model.config.vocab_size for i in range(prompt_tokens)])
     prompt.seal()
     prefix = View(None, [Entry(prompt)])
     lanes = [rig.lane(prefix, token, forks=(prefix,)) for token in range(1, 8)]
@@ -72,7 +73,7 @@ def play(
 
     go(steps)
     gone, lanes = lanes[:3], lanes[3:]
-    go(steps // 4)
+    go(steps // 3)
     for lane in gone[:2]:
         lane.segment.seal()
     stitched = View(prefix, [Entry(lane.segment) for lane in gone[:2]])

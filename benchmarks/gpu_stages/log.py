@@ -92,11 +92,12 @@ class Log:
         if found.get("settings") != self._settings:
             print("  what was found before is of another card, size or code, and is forgotten", flush=True)
             return
-        self.rows = found["rows"]
-        self.targets = found["targets"]
-        self.headlines = found["headlines"]
-        self._before_s = found["elapsed_s"]
-        self.is_done = found["status"] == "ok"
+        # The script writes a file without rows for a stage that came to nothing.
+        self.rows = found.get("rows", {})
+        self.targets = found.get("targets", {})
+        self.headlines = found.get("headlines", {})
+        self._before_s = found.get("elapsed_s", 0.0)
+        self.is_done = found.get("status") == "ok"
 
     def _write(self, status: str, reason: str = "") -> None:
         content = {
