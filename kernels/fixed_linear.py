@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anabranch.kernels.jit import define_op
+from anabranch.kernels.jit import define_op, takes_torch, wrap
 
 # Rows a tile. Both take the matrix instruction of 16 rows on every target: 64 would be another one on sm_90 and sm_100.
 BLOCK_ROWS = (16, 32)
@@ -52,12 +52,12 @@ def fixed_linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: 
 
 @define_op("anabranch::fixed_linear")
 def _fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: int) -> Tensor:
-    if x.device.type == "cpu":
+    if takes_torch(x):
         return fixed_linear_torch(x, weight, bias, block_m)
     from anabranch.kernels.fixed_linear_triton import fixed_linear_kernel, launch_fixed_linear
 
     out = _fake(x, weight, bias, block_m)
-    launch_fixed_linear(torch.library.wrap_triton(fixed_linear_kernel), x, weight, bias, out, block_m=block_m)
+    launch_fixed_linear(wrap(fixed_linear_kernel), x, weight, bias, out, block_m=block_m)
     return out
 
 

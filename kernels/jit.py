@@ -6,6 +6,7 @@ touched before a launch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
@@ -22,6 +23,24 @@ def jit(fn: Any) -> Any:
     import triton
 
     return triton.jit(fn)
+
+
+def takes_torch(tensor: torch.Tensor) -> bool:
+    """Whether an op on `tensor` is computed by its torch definition: on a CPU, unless the interpreter runs the kernels.
+
+    `ANABRANCH_INTERPRET=1` beside `TRITON_INTERPRET=1` sends ops to their kernels on a CPU too, so that a whole model
+    can be tested by the very launches that a GPU gets.
+    """
+    return tensor.device.type == "cpu" and not _interprets()
+
+
+def wrap(kernel: Any) -> Any:
+    """A kernel as a Triton op launches it: traceable, but for the interpreter's."""
+    return kernel if _interprets() else torch.library.wrap_triton(kernel)
+
+
+def _interprets() -> bool:
+    return os.environ.get("ANABRANCH_INTERPRET") == "1" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def power_of_two(number: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anabranch.kernels.jit import define_op
+from anabranch.kernels.jit import define_op, takes_torch, wrap
 
 
 def merge_states(out: Tensor, lse: Tensor) -> Tensor:
@@ -82,13 +82,13 @@ def _merge_on_cpu(
 def _merge_states(
     out_parts: Tensor, lse_parts: Tensor, row_parts_indptr: Tensor, row_parts: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    if out_parts.device.type == "cpu":
+    if takes_torch(out_parts):
         merged: tuple[Tensor, Tensor] = _merge_on_cpu(out_parts, lse_parts, row_parts_indptr, row_parts, dtype)
         return merged
     from anabranch.kernels.merge_states_triton import launch_merge_parts, merge_parts_kernel
 
     out, lse = _fake(out_parts, lse_parts, row_parts_indptr, row_parts, dtype)
-    kernel = torch.library.wrap_triton(merge_parts_kernel)
+    kernel = wrap(merge_parts_kernel)
     launch_merge_parts(kernel, out_parts.contiguous(), lse_parts.contiguous(), row_parts_indptr, row_parts, out, lse)
     return out, lse
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anabranch.kernels.jit import define_op
+from anabranch.kernels.jit import define_op, takes_torch, wrap
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A row is held in registers whole.
@@ -67,24 +67,24 @@ def rms_norm_residual_torch(x: Tensor, added: Tensor | None, weight: Tensor, eps
 
 @define_op("anabranch::rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.device.type == "cpu":
+    if takes_torch(x):
         return rms_norm_residual_torch(x, None, weight, eps)[0]
     from anabranch.kernels import norms_triton as on_gpu
 
     normed = _like(x)
-    kernel = torch.library.wrap_triton(on_gpu.rms_norm_kernel)
+    kernel = wrap(on_gpu.rms_norm_kernel)
     on_gpu.launch_rms_norm(kernel, x, None, weight, normed, None, eps=eps)
     return normed
 
 
 @define_op("anabranch::rms_norm_residual")
 def _rms_norm_residual(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if x.device.type == "cpu":
+    if takes_torch(x):
         return rms_norm_residual_torch(x, added, weight, eps)
     from anabranch.kernels import norms_triton as on_gpu
 
     normed, hidden = _like(x), _like(x)
-    kernel = torch.library.wrap_triton(on_gpu.rms_norm_kernel)
+    kernel = wrap(on_gpu.rms_norm_kernel)
     on_gpu.launch_rms_norm(kernel, x, added, weight, normed, hidden, eps=eps)
     return normed, hidden
 

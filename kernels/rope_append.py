@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anabranch.kernels.jit import define_op
+from anabranch.kernels.jit import define_op, takes_torch, wrap
 from anabranch.kernels.norms import rms_norm_residual_torch
 from anabranch.kernels.segment_attention import DTYPES, HEAD_DIMS
 
@@ -106,14 +106,14 @@ def _rope_append(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor,
     k_pool: Tensor, v_pool: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
-    if q.device.type == "cpu":
+    if takes_torch(q):
         on_cpu: Tensor = _on_cpu(q, k, v, positions, slots, cos, sin, k_pool, v_pool, q_norm, k_norm, eps)
         return on_cpu
     from anabranch.kernels.rope_append_triton import launch_rope_append, rope_append_kernel
 
     out = _contiguous_like(q)
     launch_rope_append(
-        torch.library.wrap_triton(rope_append_kernel),
+        wrap(rope_append_kernel),
         q, k, v, positions, slots, cos, sin, k_pool, v_pool, q_norm, k_norm, out, eps=eps,
     )  # fmt: skip
     return out

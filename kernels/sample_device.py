@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anabranch.kernels.jit import define_op
+from anabranch.kernels.jit import define_op, takes_torch, wrap
 from anabranch.kernels.sample import draw, logprob, unpack_mask
 
 MAX_VOCAB = 1 << 20  # the probabilities are summed as integers, so many of which fit 63 bits
@@ -130,7 +130,7 @@ def _sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor, index: Tensor,
     mask: Tensor | None, seen: Tensor | None, repetition: Tensor | None, presence: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if logits.device.type == "cpu":
+    if takes_torch(logits):
         drawn: tuple[Tensor, Tensor] = _sample_on_cpu(
             logits, temperature, top_k, top_p, min_p, keys, index, mask, seen, repetition, presence
         )
@@ -139,7 +139,7 @@ def _sample(
 
     tokens, found = _drawn(logits)
     on_gpu.launch_sample(
-        torch.library.wrap_triton, logits, temperature, top_k, top_p, min_p, keys, index, mask, seen, repetition,
+        wrap, logits, temperature, top_k, top_p, min_p, keys, index, mask, seen, repetition,
         presence, tokens, found,
     )  # fmt: skip
     return tokens, found
@@ -216,12 +216,12 @@ def automaton_mask_torch(
 def _automaton_mask(
     next_state: Tensor, distance: Tensor, accepting: Tensor, state: Tensor, left: Tensor, end_tokens: Tensor
 ) -> Tensor:
-    if state.device.type == "cpu":
+    if takes_torch(state):
         return automaton_mask_torch(next_state, distance, accepting, state, left, end_tokens)
     from anabranch.kernels import sample_device_triton as on_gpu
 
     mask = _fake_mask(next_state, distance, accepting, state, left, end_tokens)
-    kernel = torch.library.wrap_triton(on_gpu.automaton_mask_kernel)
+    kernel = wrap(on_gpu.automaton_mask_kernel)
     on_gpu.launch_automaton_mask(kernel, next_state, distance, accepting, state, left, end_tokens, mask)
     return mask
 

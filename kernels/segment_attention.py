@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anabranch.kernels.jit import define_op
+from anabranch.kernels.jit import define_op, takes_torch, wrap
 
 # Float, double, half and bfloat16; returns the log-sum-exp beside the output, which the public SDPA call does not.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -290,7 +290,7 @@ def _segment_attention(
     tasks: Tensor, num_tasks: Tensor, task_rows: Tensor, task_pages: Tensor, page_start: Tensor,
     segment_length: Tensor, num_parts: int, scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if q.device.type == "cpu":
+    if takes_torch(q):
         parts: tuple[Tensor, Tensor] = _on_cpu(
             q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, page_start, segment_length,
             num_parts, scale, window, block_m,
@@ -300,7 +300,7 @@ def _segment_attention(
 
     out, lse = _parts(q, num_parts)
     on_gpu.launch_segment_attention(
-        torch.library.wrap_triton(on_gpu.segment_attention_kernel),
+        wrap(on_gpu.segment_attention_kernel),
         q, positions, k, v, cos, sin, tasks, num_tasks, task_rows, task_pages, page_start, segment_length, out, lse,
         scale=scale, window=window, block_m=block_m,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anabranch.kernels.jit import define_op
+from anabranch.kernels.jit import define_op, takes_torch, wrap
 from anabranch.kernels.segment_attention import check_inputs, gather_keys, rotate_queries
 
 # Columns of the block list, in order. A block is consecutive rows of one thread, which write to one open segment.
@@ -77,9 +77,10 @@ def segment_prefill(
 
 def largest_block(head_dim: int, dtype: torch.dtype) -> int:
     """The most rows x query heads that a tile's registers hold on every target."""
-    if head_dim <= 128:
-        return 64
-    return 16 if dtype == torch.float32 else 32
+    if dtype == torch.float32:
+        # Heads of 80 and 96 take as much as those of 128, and the masks of what is missing besides.
+        return 64 if head_dim in (64, 128) else 16
+    return 64 if head_dim <= 128 else 32
 
 
 def segment_prefill_torch(
@@ -136,7 +137,7 @@ def _segment_prefill(
     blocks: Tensor, num_blocks: Tensor, spans: Tensor, task_pages: Tensor, page_start: Tensor,
     scale: float, window: int, block_m: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if q.device.type == "cpu":
+    if takes_torch(q):
         found: tuple[Tensor, Tensor] = _on_cpu(
             q, positions, k, v, cos, sin, blocks, num_blocks, spans, task_pages, page_start, scale, window, block_m
         )
@@ -145,7 +146,7 @@ def _segment_prefill(
 
     out, lse = _states(q)
     on_gpu.launch_segment_prefill(
-        torch.library.wrap_triton(on_gpu.segment_prefill_kernel),
+        wrap(on_gpu.segment_prefill_kernel),
         q, positions, k, v, cos, sin, blocks, num_blocks, spans, task_pages, page_start, out, lse,
         scale=scale, window=window, block_m=block_m,
     )  # fmt: skip

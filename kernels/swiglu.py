@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anabranch.kernels.jit import define_op
+from anabranch.kernels.jit import define_op, takes_torch, wrap
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,12 +47,12 @@ def swiglu_packed_torch(gate_up: Tensor) -> Tensor:
 
 @define_op("anabranch::swiglu")
 def _swiglu(gate_up: Tensor) -> Tensor:
-    if gate_up.device.type == "cpu":
+    if takes_torch(gate_up):
         return swiglu_packed_torch(gate_up)
     from anabranch.kernels.swiglu_triton import launch_swiglu, swiglu_kernel
 
     out = _half(gate_up)
-    launch_swiglu(torch.library.wrap_triton(swiglu_kernel), gate_up, out)
+    launch_swiglu(wrap(swiglu_kernel), gate_up, out)
     return out
 
 
