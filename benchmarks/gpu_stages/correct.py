@@ -303,9 +303,10 @@ PREFILLS = {
             for prefix, window, block_m in ((133, 0, 16), (517, 0, 32), (1030, 70, 64))
         ),
         (Sizes(1, 1, 1, (2, 1), 64), 16),
-        (Sizes(2048, 2, 700, (32, 8), 128), 64),
-        (Sizes(2048, 2, 700, (32, 8), 128, page_size=128), 32),
-        (Sizes(8192, 1, 300, (16, 8), 128), 64),
+        # The definition takes them row by row, which is slow.
+        (Sizes(2048, 2, 200, (32, 8), 128), 64),
+        (Sizes(2048, 2, 200, (32, 8), 128, page_size=128), 32),
+        (Sizes(8192, 1, 90, (16, 8), 128), 64),
     ],
     True: [(Sizes(37, 3, 40, (4, 2), 64, stitched=2), 16), (Sizes(20, 2, 33, (3, 1), 80, window=7), 16)],
 }
