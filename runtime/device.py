@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +36,7 @@ from anabranch.kernels.segment_prefill import segment_prefill
 from anabranch.runtime.attention import Block
 from anabranch.runtime.device_forward import DeviceForward
 from anabranch.runtime.model import Decoder, Layer
-from anabranch.runtime.pages import Entry, PagePool, Saved, Segment
+from anabranch.runtime.pages import PagePool, Saved, Segment
 from anabranch.runtime.rope import rope_table
 from anabranch.runtime.task_plan import Capacity, Overflow, Planned, Row, TaskLists, TaskPlanner
 
@@ -161,6 +166,7 @@ class Device:
         group = config.num_heads // config.num_kv_heads
         _check(decoder, pool, group)
         self.config = config
+        self.deterministic = deterministic
         self.page_size = pool.page_size
         self.scale = config.head_dim**-0.5
         self.forward = DeviceForward(decoder, fixed=deterministic)
@@ -268,7 +274,9 @@ class Device:
 class StepOnDevice:
     """One step's rows, planned: `logits` runs them through the layers.
 
-    Blocks of one row decode: they share reads by tasks. Longer ones are prefilled, each against its own view.
+    Blocks of one row decode: they share reads by tasks. Longer ones are prefilled, each against its own view. The two
+    kernels add in different orders, so under `deterministic` it is a token's origin that chooses: what was sampled
+    decodes, also when it is fed again, and what was written is prefilled, also when it comes alone.
     """
 
     def __init__(self, device: Device, blocks: Sequence[Block]) -> None:
@@ -279,7 +287,8 @@ class StepOnDevice:
         decoding: list[tuple[int, Block]] = []
         prefilled: list[tuple[int, Block]] = []
         for block in blocks:
-            (decoding if block.count == 1 else prefilled).append((len(slots), block))
+            for part, decodes in _parts(block, by_origin=device.deterministic):
+                (decoding if decodes else prefilled).append((len(slots) + part.first - block.first, part))
             for index in range(block.first, block.first + block.count):
                 slots.append(block.segment.slot(index))
                 positions.append(block.segment.start + index)
@@ -288,7 +297,7 @@ class StepOnDevice:
         self._positions = torch.tensor(positions, dtype=torch.int32, device=device.device)
         self._decoding = [row for row, _ in decoding]
         self._lengths = [block.first + 1 for _, block in decoding]
-        self._groups = device.lists_for([Row(block.view, block.segment, block.forks) for _, block in decoding])
+        self._groups = device.lists_for(_decode_rows([block for _, block in decoding]))
         self._prefill = _Prefill(prefilled, size, device.device) if prefilled else None
         self._index = torch.tensor(self._decoding, dtype=torch.int64, device=device.device)
         self._row_lengths = torch.tensor(self._lengths, dtype=torch.int32, device=device.device)
@@ -354,24 +363,22 @@ class _Prefill:
         spans: list[tuple[int, int, int, int]] = []
         pages: list[Ints] = []
         starts: list[Ints] = []
-        count = 0
+        num_pages = 0
         for first_row, block in rows:
             first_span = len(spans)
-            chain = [] if block.view is None else block.view.chain()
-            for shift, entries in _by_shift(entry for link in chain for entry in link.entries):
-                first = count
-                length = 0
-                for entry in entries:
-                    segment = entry.segment
-                    length = (count - first) * page_size + segment.length
-                    count += _add_pages(segment, segment.length, page_size, pages, starts)
+            entries = [] if block.view is None else [e for link in block.view.chain() for e in link.entries]
+            seen = [(e.segment, e.segment.length, e.shift) for e in entries]
+            seen.append((block.segment, block.first + block.count, 0))
+            for shift, together in groupby(seen, key=lambda one: one[2]):
+                first = num_pages
+                for segment, tokens, _ in together:
+                    own = (num_pages - first) * page_size
+                    num_pages += _add_pages(segment, tokens, page_size, pages, starts)
                 # All pages but the last are spanned whole.
-                tokens = entries[-1].segment.length
-                length = (count - first) * page_size - -tokens % page_size
-                spans.append((first, length, shift, -1))
-            stop = block.first + block.count
-            spans.append((count, stop, 0, block.first))
-            count += _add_pages(block.segment, stop, page_size, pages, starts)
+                spans.append((first, (num_pages - first) * page_size - -tokens % page_size, shift, -1))
+            # The open segment comes last, in one span with what stands before it: where keys are cut into tiles must
+            # not depend on how much of a prompt came from the cache.
+            spans[-1] = (*spans[-1][:3], own + block.first)
             blocks.append((first_row, block.count, first_span, len(spans) - first_span))
         self._blocks, self._spans = blocks, spans
         self._pages = np.concatenate(pages)
@@ -387,6 +394,38 @@ class _Prefill:
                 for offset in range(num_rows):
                     left = length if causal < 0 else causal + offset + 1
                     found[first_row + offset].extend(_runs(self._pages, first, left, shift, page_size))
+
+
+def _parts(block: Block, *, by_origin: bool) -> Iterator[tuple[Block, bool]]:
+    """The rows of a block that go together, and whether they decode, one by one."""
+    if not by_origin:
+        yield block, block.count == 1
+        return
+    first = 0
+    sampled = block.segment.sampled[block.first : block.first + block.count]
+    while first < block.count:
+        stop = first + 1
+        while not sampled[first] and stop < block.count and not sampled[stop]:
+            stop += 1
+        yield replace(block, first=block.first + first, count=stop - first), bool(sampled[first])
+        first = stop
+
+
+def _decode_rows(blocks: Sequence[Block]) -> list[Row]:
+    """A row for each block of one. Rows of one open segment see it to different lengths, and must not share it."""
+    numbers = Counter(block.segment.number for block in blocks)
+    rows = []
+    for block in blocks:
+        segment = block.segment
+        if numbers[segment.number] > 1:
+            segment = copy(segment)
+            segment.number = next(_ALIASES)
+        rows.append(Row(block.view, segment, block.forks))
+    return rows
+
+
+_ALIASES = itertools.count(-1, -1)
+"""Numbers that no segment of a pool has."""
 
 
 def runs_read(lists: DeviceLists, lengths: Sequence[int], page_size: int) -> Reads:
@@ -420,18 +459,6 @@ def _runs(pages: Ints, first: int, length: int, shift: int, page_size: int) -> I
         begin, stop = slot, slot + count
     if stop > begin:
         yield begin, stop - begin, shift
-
-
-def _by_shift(entries: Iterator[Entry]) -> Iterator[tuple[int, list[Entry]]]:
-    """Neighbours under one shift."""
-    together: list[Entry] = []
-    for entry in entries:
-        if together and together[-1].shift != entry.shift:
-            yield together[-1].shift, together
-            together = []
-        together.append(entry)
-    if together:
-        yield together[-1].shift, together
 
 
 def _add_pages(segment: Segment, tokens: int, page_size: int, pages: list[Ints], starts: list[Ints]) -> int:

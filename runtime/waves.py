@@ -172,7 +172,7 @@ class Waves:
         self._page_table = torch.zeros(lanes, 1, dtype=torch.int64, device=where)
         self._lists = DeviceLists(device.capacity, where)
         self._automata = _Automata(vocab_size, where)
-        self._graphs = Graphs(self._step, where)
+        self._graphs = Graphs(where)
         self._seats: dict[int, _Seat] = {}  # by row
         self._by_draw: dict[int, _Seat] = {}  # by the identity of the draw, which the seat holds
         self._due: list[int] | None = []
@@ -306,13 +306,13 @@ class Waves:
         seated = self._seats.values()
         typed = any(seat.draw.generation.constraint is not None for seat in seated)
         penalized = any(penal(seat.draw) for seat in seated)
-        self._graphs.prepare(count, typed, penalized, quiet=lambda: self._mark([]))
+        self._graphs.prepare(self._step, count, typed, penalized, quiet=lambda: self._mark([]))
         self._mark(sorted(seat.row for seat in due))
         reads: Reads = []
         if self._keeps_reads:
             lengths = [self._seats[row].fed + 1 if row in self._seats else 0 for row in range(count)]
             reads = runs_read(self._lists, lengths, self._device.page_size)
-        tokens, logprob, logits = self._graphs.run(count, typed, penalized)
+        tokens, logprob, logits = self._graphs.run(self._step, count, typed, penalized)
         launch = self._fetch(tokens, logprob, logits, reads)
         for seat in due:
             seat.waiting.append(launch)

@@ -7,7 +7,9 @@ where and in what.
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -43,7 +45,8 @@ in_fp32 = pytest.mark.skipif(torch.float32 != DTYPE, reason="in 16 bits a roundi
 TOLERANCE = 1e-3
 CLOSE = 1e-4 if DEVICE == "cpu" else TOLERANCE
 # On a GPU each example captures graphs of its own.
-EXAMPLES = 150 if DEVICE == "cpu" else 40
+EXAMPLES = 120 if DEVICE == "cpu" else 40
+ROOMY = EngineConfig(lanes=8, pages=512, trace_logits=True)
 
 
 @cache
@@ -101,7 +104,7 @@ go = plan(q) {
 def test_a_device_draws_what_the_cpu_draws(variant: str) -> None:
     """Every token and count is the CPU engine's, logits agree within rounding, and the schedule passes the verifier."""
     options = {} if variant == "plain" else {variant: True}
-    config = EngineConfig(trace_logits=True)
+    config = EngineConfig(pages=512, trace_logits=True)
     expected = run_on(Engine(model(on_device=False, **options), config), MIXED, {"q": "hello there"}, seed=3)
     assert expected.status == "ok", expected.reason
     recorder = Recorder()
@@ -199,8 +202,9 @@ def test_lanes_that_are_preempted_go_on_elsewhere(preempt: Literal["swap", "reco
       return(x);
     }
     """
-    calm = run_on(Engine(model(), EngineConfig(lanes=6, preempt="never")), plan, seed=4)
-    bounds = Engine(model()).compile(plan).bounds(Engine(model()), {})
+    calm = run_on(Engine(model(), EngineConfig(lanes=6, pages=512, preempt="never")), plan, seed=4)
+    roomy = Engine(model(), EngineConfig(pages=512))
+    bounds = roomy.compile(plan).bounds(roomy, {})
     recorder = Recorder()
     config = EngineConfig(lanes=6, preempt=preempt, run_ahead=2, pages=bounds.pages_depth_first + 3)
     engine = Engine(model(), config, policy=Bold(), recorder=recorder)
@@ -216,7 +220,7 @@ def test_running_ahead_changes_no_bit() -> None:
     for deterministic in (False, True) if torch.float32 == DTYPE else (True,):
         found = [
             run_on(
-                Engine(model(), EngineConfig(lanes=8, trace_logits=True, run_ahead=ahead, deterministic=deterministic)),
+                Engine(model(), replace(ROOMY, run_ahead=ahead, deterministic=deterministic)),
                 MIXED, {"q": "what is it"}, seed=5,
             )
             for ahead in (0, 1, 2, 7)
@@ -228,10 +232,69 @@ def test_running_ahead_changes_no_bit() -> None:
                 torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=0 if deterministic else CLOSE)
 
 
+LONG = """
+go = plan(q) {
+  user("#{q} #{q}");
+  a = fork(3) {
+    text("first");
+    x = gen(type=regex("([ab][0-9]){20}"), max=60, temperature=0.9);
+    text("then");
+    y = gen("N: ", type=int, max=4);
+    z = gen("so", max=14);
+    return(y);
+  } join(vote(y), CONTEXT);
+  b = fork(2) { w = gen("k", max=12); return(w); } join(all, stitch(sum));
+  c = gen("end ", max=9);
+  return([b, c]);
+}
+"""
+
+
+@pytest.mark.parametrize("changed", [
+    {"lanes": 2}, {"chunk": 1}, {"chunk": 7}, {"run_ahead": 3}, {"prefix_cache": True}, {"preempt": "swap"},
+    {"preempt": "recompute"}, {},
+], ids=["lanes", "chunk-1", "chunk-7", "ahead", "cache", "swap", "recompute", "company"])  # fmt: skip
+def test_a_branch_has_its_bits_on_a_device(changed: dict[str, Any]) -> None:
+    """Under `deterministic` each row of logits is the same, whatever runs beside it and however it came to be fed."""
+
+    class Bold(Policy):
+        def expects(self, need: Need) -> int:
+            return 1
+
+    inputs = {"q": "what does this come to, all in all?"}
+    base = EngineConfig(
+        lanes=8, pages=256, deterministic=True, trace_logits=True, prefix_cache=False, preempt="never", run_ahead=0
+    )
+    pressed = "preempt" in changed
+    # What a stitch keeps of each branch would be part of the least that a pool must hold.
+    plan = LONG.replace("CONTEXT", "drop" if pressed else "stitch")
+    alone = Engine(model(), base)
+    expected = {(row.path, row.index): row for row in run_on(alone, plan, inputs, seed=6).logits}
+    assert len(expected) > 100
+    pages = alone.compile(plan).bounds(alone, inputs).pages_depth_first + 1 if pressed else base.pages
+    engine = Engine(model(), replace(base, **changed, pages=pages), policy=Bold() if pressed else None)
+    if "prefix_cache" in changed:
+        assert run_on(engine, plan, inputs, seed=1).counts["tokens_cached"] == 0
+    run = engine.submit(plan, inputs, seed=6)
+    if not changed:
+        engine.submit(MIXED, {"q": "hello"}, seed=2)
+    while run.result is None:
+        engine.step()
+    for row in run.result.logits:
+        other = expected[row.path, row.index]
+        assert row.token == other.token
+        assert torch.equal(row.logits, other.logits), (row.path, row.index)
+    assert len(run.result.logits) == len(expected)
+    if pressed:
+        assert engine.num_preempted > 0
+    if "prefix_cache" in changed:
+        assert run.result.counts["tokens_cached"] > 0
+
+
 @in_fp32
 def test_lists_that_overflow_fall_back_to_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a wave does not fit its lists the rows are split over lists of their own, and the run is the same."""
-    expected = run_on(Engine(model(), EngineConfig(lanes=8)), MIXED, {"q": "hi"}, seed=2)
+    expected = run_on(Engine(model(), ROOMY), MIXED, {"q": "hi"}, seed=2)
     made = Device.__init__
 
     def small(self: Device, *args: Any, **options: Any) -> None:
@@ -242,7 +305,7 @@ def test_lists_that_overflow_fall_back_to_a_step_of_its_own(monkeypatch: pytest.
         self._lists = type(self._lists)(self.capacity, self.device)
 
     monkeypatch.setattr(Device, "__init__", small)
-    engine = Engine(model(), EngineConfig(lanes=8))
+    engine = Engine(model(), ROOMY)
     found = run_on(engine, MIXED, {"q": "hi"}, seed=2)
     assert (found.value, found.status) == (expected.value, "ok")
     assert engine.waves is not None
@@ -260,21 +323,34 @@ def test_a_lane_beyond_its_stop_writes_nowhere() -> None:
     assert results[1].counts["pages_peak"] <= results[1].counts["pages_bound"]
 
 
+def test_an_engine_on_a_device_goes_with_its_last_owner() -> None:
+    """Nothing that an engine holds holds it: its pages are free at once, without a collection of garbage."""
+    engine = Engine(model(), ROOMY)
+    run_on(engine, MIXED, {"q": "hi"}, seed=2)
+    known = weakref.ref(engine.store.k[0])
+    gc.disable()
+    try:
+        del engine
+        assert known() is None
+    finally:
+        gc.enable()
+
+
 def test_what_the_kernels_do_not_support_is_refused_by_name() -> None:
     """Head size, page size, type and packed weights: a ValueError that names the limit, before anything is launched."""
     with pytest.raises(ValueError, match="head size of 16 is not supported: it is one of"):
-        Engine(load("random", device="cpu"))
+        Engine(load("random", device="cpu"), EngineConfig(pages=64))
     with pytest.raises(ValueError, match="page of 20 tokens is not supported: it is one of"):
-        Engine(model(), EngineConfig(page_size=20))
+        Engine(model(), EngineConfig(pages=64, page_size=20))
     wide = model().decoder
     config = replace(wide.config)
     double = Decoder(config, random_weights(config, model().tokenizer, 0), dtype=torch.float64, pack=False)
     with pytest.raises(ValueError, match="float64 is not supported on a device: it is one of"):
-        Engine(replace(model(), decoder=double))
+        Engine(replace(model(), decoder=double), EngineConfig(pages=64))
     with pytest.raises(ValueError, match="pack=False"):
         Device(model(on_device=False).decoder, PagePool(8, 16), lanes=1, chunk=1, deterministic=False)
     with pytest.raises(ValueError, match="run_ahead=-1 is at least 0"):
-        Engine(model(), EngineConfig(run_ahead=-1))
+        Engine(model(), EngineConfig(pages=64, run_ahead=-1))
     with pytest.raises(PlanError) as error:
         load("random", device="cuda:99")
     assert error.value.diagnostics[0].code == "bad-device"

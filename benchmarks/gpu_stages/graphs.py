@@ -57,7 +57,7 @@ def play(
     """Each lane's tokens, the logits of each draw, and what the captured graphs take."""
     release()
     rig = Rig(model, lanes=LANES, pages=2048, deterministic=deterministic, run_ahead=ahead)
-    watched = Watched(Eager(rig.launch, rig.device.device) if eager else rig.graphs)
+    watched = Watched(Eager(rig.device.device) if eager else rig.graphs)
     rig.graphs = watched
     prompt = Segment(rig.pool, 0)
     rig.feed(prompt, [(7 * i + 3) % model.config.vocab_size for i in range(prompt_tokens)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,7 +203,7 @@ class Rig:
         """The next token of each lane."""
         wanted = []
         for lane in lanes:
-            at = lane.segment.append([lane.token])
+            at = lane.segment.append([lane.token], [True])
             block = Block(lane.view, lane.segment, at.start, 1, forks=lane.forks)
             wanted.append(LaneStep(lane.draw, block, lane.token, lane.drawn, ()))
         found = self.waves.step(wanted)
@@ -230,11 +231,6 @@ class Rig:
     def graphs(self, other: Graphs) -> None:
         self.waves._graphs = other
 
-    @property
-    def launch(self) -> Launch:
-        """What is captured."""
-        return self.waves._step
-
 
 class Eager(Graphs):
     """Launches that are never captured."""
@@ -243,22 +239,21 @@ class Eager(Graphs):
         return False
 
     @torch.no_grad()
-    def run(self, count: int, typed: bool, penal: bool) -> Outputs:
-        return self._launch(count, typed, penal)
+    def run(self, launch: Launch, count: int, typed: bool, penal: bool) -> Outputs:
+        return launch(count, typed, penal)
 
 
 class Watched(Graphs):
     """Another's launches.
 
-    tell: called before each begins
-    last: what the last was; captured_bytes: what the card holds more of for the graphs
+    tell: called before each begins; captured_bytes: what the card holds more of for the graphs
     """
 
     def __init__(self, of: Graphs, tell: Callable[[], None] = lambda: None) -> None:
-        self.last = (0, False, False)
         self.captured_bytes = 0
         self._of = of
         self._tell = tell
+        self._last: Callable[[], Outputs] | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -271,14 +266,16 @@ class Watched(Graphs):
         self.captured_bytes += reserved() - before
         return done
 
-    def run(self, count: int, typed: bool, penal: bool) -> Outputs:
+    def run(self, launch: Launch, count: int, typed: bool, penal: bool) -> Outputs:
         self._tell()
-        self.last = (count, typed, penal)
-        return self._of.run(count, typed, penal)
+        self._last = partial(self._of.run, launch, count, typed, penal)
+        return self._last()
 
     def again(self) -> None:
         """The last launch once more, of which nobody is told."""
-        self._of.run(*self.last)
+        if self._last is None:
+            raise RuntimeError("nothing was launched")
+        self._last()
 
     def forget(self) -> None:
         self._of.forget()
