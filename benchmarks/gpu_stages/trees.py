@@ -101,7 +101,8 @@ def wave(sizes: Sizes, dtype: torch.dtype, seed: int = 0) -> Wave:
     for number in range(sizes.stitched):
         sibling = segment(sizes.prefix, draw.randrange(1, max(2, sizes.tails)))
         sibling.seal()
-        siblings.append(Entry(sibling, 5 * number))
+        # Two under each shift, so that a chunk holds segments that end in the middle of a page.
+        siblings.append(Entry(sibling, 5 * (number // 2)))
     joined = View(root, siblings)
     rows = []
     for number in range(sizes.rows):
