@@ -313,14 +313,61 @@ def test_lists_that_overflow_fall_back_to_a_step_of_its_own(monkeypatch: pytest.
 
 
 def test_a_lane_beyond_its_stop_writes_nowhere() -> None:
-    """What ran ahead past a stop changes no slot but those that its own segment held pages for."""
-    plan = """go = plan() { a = gen("x", max=200, stop=["e"]); b = gen("more", max=30); return(b); }"""
-    results = [
-        run_on(Engine(model(), EngineConfig(run_ahead=ahead, pages=64, prefix_cache=False)), plan) for ahead in (0, 40)
-    ]
-    assert results[0].value == results[1].value
-    assert results[0].counts["rows"] == results[1].counts["rows"]
-    assert results[1].counts["pages_peak"] <= results[1].counts["pages_bound"]
+    """What runs far ahead of a stop changes no slot of a page that no segment was ever given."""
+    plan = """go = plan() {
+      x = fork(3) { a = gen("x", max=200, stop=["e"]); } join(all, drop);
+      b = gen("more", max=30);
+      return(b);
+    }"""
+    expected = run_on(Engine(model(), EngineConfig(lanes=4, run_ahead=0, pages=80, prefix_cache=False)), plan)
+    engine = Engine(model(), EngineConfig(lanes=4, run_ahead=40, pages=80, prefix_cache=False))
+    for store in (*engine.store.k, *engine.store.v):
+        store.fill_(1234.5)
+    given: set[int] = set()
+    allocate = engine.pool.allocate
+
+    def watched(after: int | None = None, expect: int = 1) -> int:
+        page = allocate(after, expect)
+        given.add(page)
+        return page
+
+    engine.pool.allocate = watched  # type: ignore[method-assign]
+    found = run_on(engine, plan)
+    assert found.value == expected.value
+    assert found.counts["rows"] == expected.counts["rows"]
+    assert engine.waves is not None and engine.waves.rows_dropped > 20
+    assert found.counts["pages_peak"] <= found.counts["pages_bound"]
+    free = [page for page in range(80) if page not in given]
+    assert free
+    for store in (*engine.store.k, *engine.store.v):
+        assert (store[free] == 1234.5).all()
+    assert all((store[sorted(given)] != 1234.5).any() for store in engine.store.k)
+
+
+def test_a_lane_that_was_swapped_out_begins_anew() -> None:
+    """What the device wrote ahead is gone with a swap, also where the very same pages come back."""
+    plan = """go = plan() { a = gen("x", type=regex("([ab][0-9]){20}"), max=60); return(a); }"""
+    config = EngineConfig(lanes=1, run_ahead=3, pages=64, prefix_cache=False, trace_logits=True)
+    expected = run_on(Engine(model(), config), plan)
+    engine = Engine(model(), config)
+    run = engine.submit(plan)
+    swaps = 0
+    while run.result is None:
+        engine.step()
+        for task in list(engine._tasks.values()):
+            segment = task.context.segment
+            if segment is not None and segment.length % 9 == 0 and segment.pages:
+                before = list(segment.pages)
+                segment.swap_out(engine.store)
+                for store in (*engine.store.k, *engine.store.v):
+                    store[before] = 7.0
+                engine.pool._cursor = before[0]
+                segment.swap_in(engine.store)
+                swaps += segment.pages == before[: len(segment.pages)]
+    assert swaps > 1
+    assert run.result.value == expected.value
+    for a, b in zip(run.result.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-4)
 
 
 def test_an_engine_on_a_device_goes_with_its_last_owner() -> None:
