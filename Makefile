@@ -13,7 +13,7 @@ QUESTION ?= How many legs does a spider have?
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= parse check schema recording journal
 
-.PHONY: help venv demo test lint kernels kernels-full bench quality fuzz mutation clean
+.PHONY: help venv demo test lint kernels kernels-full bench quality fuzz mutation gpu clean
 
 help:
 	@echo "make demo      run examples/vote.plan on a real model (QUESTION='...' asks something else)"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench     the benchmarks of docs/benchmarks.md"
 	@echo "make quality   the scheduler against the best schedules: the tables of docs/scheduler.md"
 	@echo "make fuzz      coverage-guided fuzzing of all that reads a file, FUZZ_SECONDS=60 for each target"
+	@echo "make gpu       on a machine with a GPU: builds, checks and measurements, with the python3 that has its torch"
 	@echo "make mutation  faults made by hand and by machine, and what finds each: the table of docs/mutation.md"
 
 venv: $(VENV)/.installed
@@ -81,6 +82,10 @@ fuzz: venv
 MUTANTS ?= 500
 mutation: venv
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m mutation --jobs 2 --seed 0 --mutants $(MUTANTS) --time-limit 20
+
+# The torch of the machine's image is wanted, and nothing is installed. GPU_ARGS='--stage attention --again', say.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -95,34 +95,61 @@ def tile(shape: Shape) -> int:
     return min(WIDEST_TILE, max(16, 1 << (wanted - 1).bit_length()))
 
 
-def line(shape: Shape, chunk_tokens: int) -> str:
-    """One line of the table."""
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Bytes of one layer's attention. read: of K and V by the tasks; unique: of K and V that there are; alone: what one
+    attention call a row would read; partial: states written and read; other: q and o."""
+
+    tasks: int
+    read: int
+    unique: int
+    alone: int
+    partial: int
+    other: int
+
+
+def planned(shape: Shape, chunk_tokens: int = CHUNK_TOKENS) -> tuple[list[Row], TaskLists, Planned]:
+    """The rows of a shape, and the planner's lists for its tile."""
     num_heads, num_kv_heads = shape.heads
     rows = wave(shape)
-    block_m = tile(shape)
     capacity = Capacity.for_rows(len(rows), tasks=32768, pages=2**18, parts=2**18)
     planner = TaskPlanner(
-        page_size=PAGE_SIZE, rows_per_task=block_m * num_kv_heads // num_heads, capacity=capacity,
+        page_size=PAGE_SIZE, rows_per_task=tile(shape) * num_kv_heads // num_heads, capacity=capacity,
         chunk_tokens=chunk_tokens,
     )  # fmt: skip
     lists = TaskLists(capacity)
-    planned = planner.plan(rows, 0, lists)
-    if not isinstance(planned, Planned):
-        raise SystemExit(f"{shape.name}: {planned}")
-    tasks = lists.tasks[: planned.tasks].astype(np.int64)
+    found = planner.plan(rows, 0, lists)
+    if not isinstance(found, Planned):
+        raise SystemExit(f"{shape.name}: {found}")
+    return rows, lists, found
+
+
+def count(shape: Shape, rows: list[Row], lists: TaskLists, plan: Planned) -> Counted:
+    """What the tasks of a plan read and write."""
+    num_heads, num_kv_heads = shape.heads
+    tasks = lists.tasks[: plan.tasks].astype(np.int64)
     written = np.asarray([row.segment.length for row in rows])[tasks[:, TASK_SEGMENT]]
     left = np.where(tasks[:, TASK_SEGMENT] >= 0, written - tasks[:, TASK_FIRST], tasks[:, TASK_LENGTH])
     token_bytes = 2 * num_kv_heads * shape.head_dim * ELEMENT_BYTES
-    read = int(np.minimum(tasks[:, TASK_LENGTH], left).sum()) * token_bytes
-    unique = sum(n * t for n, t in zip(shape.nodes, shape.tokens, strict=True)) * token_bytes
-    alone = len(rows) * sum(shape.tokens) * token_bytes
-    partial = 2 * planned.parts * num_heads * (shape.head_dim + 1) * STATE_BYTES
     query = int(tasks[:, TASK_NUM_ROWS].sum()) * num_heads * shape.head_dim * ELEMENT_BYTES
-    output = len(rows) * num_heads * shape.head_dim * ELEMENT_BYTES
+    return Counted(
+        tasks=plan.tasks,
+        read=int(np.minimum(tasks[:, TASK_LENGTH], left).sum()) * token_bytes,
+        unique=sum(n * t for n, t in zip(shape.nodes, shape.tokens, strict=True)) * token_bytes,
+        alone=len(rows) * sum(shape.tokens) * token_bytes,
+        partial=2 * plan.parts * num_heads * (shape.head_dim + 1) * STATE_BYTES,
+        other=query + len(rows) * num_heads * shape.head_dim * ELEMENT_BYTES,
+    )
+
+
+def line(shape: Shape, chunk_tokens: int) -> str:
+    """One line of the table."""
+    c = count(shape, *planned(shape, chunk_tokens))
+    num_heads, num_kv_heads = shape.heads
     return (
-        f"| {shape.name} | {num_heads}/{num_kv_heads} | {block_m} | {planned.tasks} | {unique / 2**20:.1f} | "
-        f"{read / unique:.2f} | {alone / unique:.1f} | {100 * partial / read:.1f}% | "
-        f"{100 * (query + output) / read:.1f}% |"
+        f"| {shape.name} | {num_heads}/{num_kv_heads} | {tile(shape)} | {c.tasks} | {c.unique / 2**20:.1f} | "
+        f"{c.read / c.unique:.2f} | {c.alone / c.unique:.1f} | {100 * c.partial / c.read:.1f}% | "
+        f"{100 * c.other / c.read:.1f}% |"
     )
 
 

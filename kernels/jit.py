@@ -6,6 +6,7 @@ touched before a launch.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -17,12 +18,16 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def jit(fn: Any) -> Any:
-    """`fn` as a Triton kernel, or unchanged where Triton is not installed."""
+    """`fn` as a Triton kernel, or unchanged where Triton is not installed.
+
+    Numbers of rows are never compiled in: Triton would make a kernel of its own for 1 and for multiples of 16.
+    """
     if not HAS_TRITON:
         return fn
     import triton
 
-    return triton.jit(fn)
+    counted = [name for name in ("num_rows",) if name in inspect.signature(fn).parameters]
+    return triton.jit(fn, do_not_specialize=counted)
 
 
 def takes_torch(tensor: torch.Tensor) -> bool:

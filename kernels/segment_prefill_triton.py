@@ -209,8 +209,11 @@ def tile(head_dim: int, element_size: int, page_size: int, block_m: int, windowe
     if element_size == 4:
         if block_m == 64:
             return Tile(16, 8, 1 if windowed and wide == 128 else 2)
+        # A second stage spills on sm_90 where a page holds the keys of a step.
         if wide == 64:
-            return Tile(32, 4, 2)
+            return Tile(32, 4, 2 if block_m == 16 else 1)
+        if block_m == 16 and wide == 128:
+            return Tile(16, 4, 1)
         return Tile(16, 8 if block_m == 32 else 4, 2)
     if block_m < 64:
         if wide <= 128:

@@ -31,10 +31,11 @@ class Row(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Unfed:
-    """A token of the context whose K and V are not written yet."""
+    """A token of the context whose K and V are not written yet. sampled: whether it was drawn, the first time too."""
 
     token: int
     row: Row
+    sampled: bool
 
 
 class Context:
@@ -61,10 +62,11 @@ class Context:
         self.forks: tuple[View, ...] = ()
         self.owner: int | None = None
 
-    def push(self, token_ids: Iterable[int], row: Row) -> None:
-        """Write tokens; they are fed when something needs them."""
+    def push(self, token_ids: Iterable[int], row: Row, *, sampled: bool | None = None) -> None:
+        """Write tokens; they are fed when something needs them. sampled: those of DECODE by default."""
         before = len(self.unfed)
-        self.unfed.extend(Unfed(token, row) for token in token_ids)
+        drawn = row is Row.DECODE if sampled is None else sampled
+        self.unfed.extend(Unfed(token, row, drawn) for token in token_ids)
         self.position += len(self.unfed) - before
         recorder = self.pool.recorder
         if recorder is not None and self.owner is not None and len(self.unfed) > before:
@@ -84,7 +86,7 @@ class Context:
             if self.pool.recorder is not None and self.owner is not None:
                 self.pool.recorder.note(recording.Open(self.segment.number, self.owner, start))
         del self.unfed[:count]
-        slots = self.segment.append([u.token for u in fed])
+        slots = self.segment.append([u.token for u in fed], [u.sampled for u in fed])
         self.logits = None
         return fed, self.segment, slots.start
 
@@ -96,23 +98,33 @@ class Context:
         self.position -= count
         self._note_trim(count)
 
-    def trim(self, count: int) -> list[int]:
-        """Take the last `count` fed tokens of the open segment back out; returns their ids."""
+    def trim(self, count: int) -> None:
+        """Take the last `count` fed tokens of the open segment back out."""
         segment = self.segment
         if segment is None or count > segment.length or self.unfed:
             raise ValueError(f"{count} tokens cannot be taken back")
-        ids = segment.ids[segment.length - count :]
         self._note_trim(count)
         segment.trim(segment.length - count)
         self.position -= count
-        return ids
+
+    def reopen(self) -> None:
+        """The last fed token of the open segment is to be fed once more."""
+        if self.segment is None or not self.segment.length:
+            raise ValueError("nothing was fed")
+        token, sampled = self.segment.ids[-1], bool(self.segment.sampled[-1])
+        self.trim(1)
+        self.push([token], Row.RECOMPUTE, sampled=sampled)
 
     def lose(self) -> None:
         """The open segment is emptied: its tokens are to be fed again."""
         if self.segment is not None:
             if self.pool.recorder is not None and self.owner is not None:
                 self.pool.recorder.note(recording.Lose(self.owner))
-            self.unfed[:0] = [Unfed(token, Row.RECOMPUTE) for token in self.segment.empty()]
+            sampled = list(self.segment.sampled)
+            tokens = self.segment.empty()
+            self.unfed[:0] = [
+                Unfed(token, Row.RECOMPUTE, bool(drawn)) for token, drawn in zip(tokens, sampled, strict=True)
+            ]
 
     def pages_for(self, count: int) -> int:
         """Pages that it takes beside those at hand to feed `count` tokens."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from anabranch.kernels.jit import HAS_TRITON
 from anabranch.kernels.merge_states import merge_parts
+from anabranch.kernels.norms import MAX_SIZE
 from anabranch.kernels.rope_append import rope_append
+from anabranch.kernels.sample_device import MAX_VOCAB
 from anabranch.kernels.segment_attention import (
     BLOCK_ROWS,
     DTYPES,
     HEAD_DIMS,
+    MAX_PAGES,
     PAGE_BITS,
     PAGE_SIZES,
     TASK_FIRST,
@@ -31,16 +41,19 @@ from anabranch.kernels.segment_prefill import segment_prefill
 from anabranch.runtime.attention import Block
 from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.device_forward import CallbackForward, DeviceForward, HeadNorms
+from anabranch.runtime.drawing import upload
 from anabranch.runtime.fixed_shapes import not_deterministic
 from anabranch.runtime.model import Decoder, DecoderLike
-from anabranch.runtime.pages import Entry, PagePool, Saved, Segment
+from anabranch.runtime.pages import PagePool, Saved, Segment
 from anabranch.runtime.rope import rope_table
-from anabranch.runtime.task_plan import Capacity, Overflow, Planned, Row, TaskLists, TaskPlanner
+from anabranch.runtime.task_plan import CHUNK_TOKENS, Capacity, Overflow, Planned, Row, TaskLists, TaskPlanner
 
 Ints = npt.NDArray[np.int32]
 Reads = list[list[tuple[int, int, int]]]
 """For each row the (first slot, how many, shift) of every run of keys that it attends to."""
 
+PARTS_BYTES = 1 << 30
+"""Most memory for partial states of one layer; it is taken once, and held."""
 STAGES = 3
 """Sets of staging buffers: one is filled while the copies of the others may still be under way."""
 
@@ -61,8 +74,14 @@ class PagedStore:
         device: torch.device,
     ) -> None:
         shape = (pool.num_pages, num_kv_heads, pool.page_size, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        size = 2 * num_layers * math.prod(shape) * dtype.itemsize
+        try:
+            self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+            raise ValueError(
+                f"a pool of {pool.num_pages} pages takes {size / 2**30:.1f} GiB, more than {device} has left"
+            ) from error
         self._page_size = pool.page_size
 
     def save(self, segment: Segment) -> Saved:
@@ -163,9 +182,10 @@ class Device:
         self.device = decoder.device
         group = config.num_heads // config.num_kv_heads
         check_supported(decoder, pool.page_size)
-        if pool.num_pages < 1:
-            raise ValueError("a pool holds at least one page")
+        if not 1 <= pool.num_pages <= MAX_PAGES:
+            raise ValueError(f"a pool of {pool.num_pages} pages is not supported: it has from 1 to {MAX_PAGES}")
         self.config = config
+        self.deterministic = deterministic
         self.page_size = pool.page_size
         self.scale = config.head_dim**-0.5
         self.forward: DeviceForward | CallbackForward
@@ -181,14 +201,7 @@ class Device:
         self.cos, self.sin = rotary_factors(config, decoder.device)
         self.windows = windows(config)
         self.block_m = _block_m(lanes * group, group, config.head_dim, decoder.dtype, deterministic)
-        self.capacity = Capacity(
-            rows=lanes + chunk,
-            tasks=max(256, 128 * lanes),
-            task_rows=max(2048, 1024 * lanes),
-            pages=max(4096, 1024 * lanes),
-            parts=max(512, 256 * lanes),
-            chunks=max(512, 256 * lanes),
-        )
+        self.capacity = _capacity(config, pool, lanes, chunk, self.device)
         self.planner = self._planner(self.capacity)
         self._lists = DeviceLists(self.capacity, self.device)
 
@@ -275,7 +288,9 @@ class Device:
 class StepOnDevice:
     """One step's rows, planned: `logits` runs them through the layers.
 
-    Blocks of one row decode: they share reads by tasks. Longer ones are prefilled, each against its own view.
+    Blocks of one row decode: they share reads by tasks. Longer ones are prefilled, each against its own view. The two
+    kernels add in different orders, so under `deterministic` it is a token's origin that chooses: what was sampled
+    decodes, also when it is fed again, and what was written is prefilled, also when it comes alone.
     """
 
     def __init__(self, device: Device, blocks: Sequence[Block]) -> None:
@@ -284,21 +299,22 @@ class StepOnDevice:
         decoding: list[tuple[int, Block]] = []
         prefilled: list[tuple[int, Block]] = []
         for first_row, block in numbered(blocks):
-            (decoding if block.count == 1 else prefilled).append((first_row, block))
+            for part, decodes in _parts(block, by_origin=device.deterministic):
+                (decoding if decodes else prefilled).append((first_row + part.first - block.first, part))
         self._slots, self._positions = places(blocks, device.device)
         self.num_rows = len(self._slots)
         self._decoding = [row for row, _ in decoding]
         self._lengths = [block.first + 1 for _, block in decoding]
-        self._groups = device.lists_for([Row(block.view, block.segment, block.forks) for _, block in decoding])
+        self._groups = device.lists_for(decode_rows([block for _, block in decoding]))
         self._prefill = PrefillLists(prefilled, size, device.device) if prefilled else None
-        self._index = torch.tensor(self._decoding, dtype=torch.int64, device=device.device)
-        self._row_lengths = torch.tensor(self._lengths, dtype=torch.int32, device=device.device)
+        self._index = upload(torch.tensor(self._decoding, dtype=torch.int64), device.device)
+        self._row_lengths = upload(torch.tensor(self._lengths, dtype=torch.int32), device.device)
 
     def logits(self, tokens: Sequence[int], wanted: Sequence[int]) -> Tensor:
         """fp32 [len(wanted), num_logits] of the rows `wanted`."""
         device = self._device.device
-        ids = torch.tensor(tokens, dtype=torch.int64, device=device)
-        rows = torch.tensor(wanted, dtype=torch.int64, device=device)
+        ids = upload(torch.tensor(tokens, dtype=torch.int64), device)
+        rows = upload(torch.tensor(wanted, dtype=torch.int64), device)
         return self._device.forward(ids, self._positions, self._attend, rows)
 
     def reads(self) -> Reads:
@@ -361,8 +377,8 @@ def places(blocks: Sequence[Block], device: torch.device) -> tuple[Tensor, Tenso
     slots = [segment.slot(index) for segment, index in rows]
     positions = [segment.start + index for segment, index in rows]
     return (
-        torch.tensor(slots, dtype=torch.int64, device=device),
-        torch.tensor(positions, dtype=torch.int32, device=device),
+        upload(torch.tensor(slots, dtype=torch.int64), device),
+        upload(torch.tensor(positions, dtype=torch.int32), device),
     )
 
 
@@ -377,31 +393,31 @@ class PrefillLists:
         spans: list[tuple[int, int, int, int]] = []
         pages: list[Ints] = []
         starts: list[Ints] = []
-        count = 0
+        num_pages = 0
         for first_row, block in rows:
             first_span = len(spans)
-            chain = [] if block.view is None else block.view.chain()
-            for shift, entries in _by_shift(entry for link in chain for entry in link.entries):
-                first = count
-                length = 0
-                for entry in entries:
-                    segment = entry.segment
-                    length = (count - first) * page_size + segment.length
-                    count += _add_pages(segment, segment.length, page_size, pages, starts)
+            entries = [] if block.view is None else [e for link in block.view.chain() for e in link.entries]
+            seen = [(e.segment, e.segment.length, e.shift) for e in entries]
+            seen.append((block.segment, block.first + block.count, 0))
+            for shift, together in groupby(seen, key=lambda one: one[2]):
+                first = num_pages
+                for segment, tokens, _ in together:
+                    own = (num_pages - first) * page_size
+                    num_pages += _add_pages(segment, tokens, page_size, pages, starts)
                 # All pages but the last are spanned whole.
-                tokens = entries[-1].segment.length
-                length = (count - first) * page_size - -tokens % page_size
-                spans.append((first, length, shift, -1))
-            stop = block.first + block.count
-            spans.append((count, stop, 0, block.first))
-            count += _add_pages(block.segment, stop, page_size, pages, starts)
+                spans.append((first, (num_pages - first) * page_size - -tokens % page_size, shift, -1))
+            # The open segment comes last, in one span with what stands before it: where keys are cut into tiles must
+            # not depend on how much of a prompt came from the cache.
+            spans[-1] = (*spans[-1][:3], own + block.first)
             blocks.append((first_row, block.count, first_span, len(spans) - first_span))
         self._blocks, self._spans = blocks, spans
         self._pages = np.concatenate(pages)
         self.blocks, self.spans, self.num_blocks = (
-            torch.tensor(x, dtype=torch.int32, device=device) for x in (blocks, spans, [len(blocks)])
+            upload(torch.tensor(x, dtype=torch.int32), device) for x in (blocks, spans, [len(blocks)])
         )
-        self.task_pages, self.page_start = (torch.from_numpy(np.concatenate(x)).to(device) for x in (pages, starts))
+        self.task_pages, self.page_start = (
+            upload(torch.from_numpy(np.concatenate(x)), device) for x in (pages, starts)
+        )
 
     def reads(self, found: Reads, page_size: int) -> None:
         """Fill in the rows of these blocks."""
@@ -410,6 +426,38 @@ class PrefillLists:
                 for offset in range(num_rows):
                     left = length if causal < 0 else causal + offset + 1
                     found[first_row + offset].extend(_runs(self._pages, first, left, shift, page_size))
+
+
+def _parts(block: Block, *, by_origin: bool) -> Iterator[tuple[Block, bool]]:
+    """The rows of a block that go together, and whether they decode, one by one."""
+    if not by_origin:
+        yield block, block.count == 1
+        return
+    first = 0
+    sampled = block.segment.sampled[block.first : block.first + block.count]
+    while first < block.count:
+        stop = first + 1
+        while not sampled[first] and stop < block.count and not sampled[stop]:
+            stop += 1
+        yield replace(block, first=block.first + first, count=stop - first), bool(sampled[first])
+        first = stop
+
+
+def decode_rows(blocks: Sequence[Block]) -> list[Row]:
+    """A row for each block of one. Rows of one open segment see it to different lengths, and must not share it."""
+    numbers = Counter(block.segment.number for block in blocks)
+    rows = []
+    for block in blocks:
+        segment = block.segment
+        if numbers[segment.number] > 1:
+            segment = copy(segment)
+            segment.number = next(_ALIASES)
+        rows.append(Row(block.view, segment, block.forks))
+    return rows
+
+
+_ALIASES = itertools.count(-1, -1)
+"""Numbers that no segment of a pool has."""
 
 
 def runs_read(lists: DeviceLists, lengths: Sequence[int], page_size: int) -> Reads:
@@ -443,18 +491,6 @@ def _runs(pages: Ints, first: int, length: int, shift: int, page_size: int) -> I
         begin, stop = slot, slot + count
     if stop > begin:
         yield begin, stop - begin, shift
-
-
-def _by_shift(entries: Iterator[Entry]) -> Iterator[tuple[int, list[Entry]]]:
-    """Neighbours under one shift."""
-    together: list[Entry] = []
-    for entry in entries:
-        if together and together[-1].shift != entry.shift:
-            yield together[-1].shift, together
-            together = []
-        together.append(entry)
-    if together:
-        yield together[-1].shift, together
 
 
 def _add_pages(segment: Segment, tokens: int, page_size: int, pages: list[Ints], starts: list[Ints]) -> int:
@@ -491,6 +527,21 @@ def windows(config: ModelConfig) -> tuple[int, ...]:
     return tuple(w or 0 for w in config.sliding_window) or (0,) * config.num_layers
 
 
+def _capacity(config: ModelConfig, pool: PagePool, lanes: int, chunk: int, device: torch.device) -> Capacity:
+    """Room for a wave of `lanes`, whose contexts may fill the pool. What does not fit runs as a step of its own."""
+    chunk_pages = CHUNK_TOKENS // pool.page_size
+    # An eighth of a chunk a lane and run is empty on average, and what was planned before stays a while.
+    pages = min(1 << 22, 2 * pool.num_pages + 4 * lanes * chunk_pages)
+    chunks = pages // chunk_pages + 64 * lanes
+    # Each task of the wave makes as many partial states as it has rows, all of which take memory for good.
+    state_bytes = 4 * config.num_heads * (config.head_dim + 1)
+    parts = max(
+        4 * lanes, min(256 * lanes, (PARTS_BYTES if device.type == "cuda" else PARTS_BYTES >> 4) // state_bytes)
+    )
+    tasks = min(max(256, 128 * lanes, chunks), 1 << 20)
+    return Capacity(rows=lanes + chunk, tasks=tasks, task_rows=8 * tasks, pages=pages, parts=parts, chunks=chunks)
+
+
 def _block_m(rows: int, group: int, head_dim: int, dtype: torch.dtype, deterministic: bool) -> int:
     """The decode tile, which must hold a query group: no larger than the rows need, or a constant."""
     fitting = [m for m in BLOCK_ROWS if m >= group and supports(m, head_dim, dtype)]
@@ -512,3 +563,12 @@ def check_supported(decoder: DecoderLike, page_size: int) -> None:
     most = max(m for m in BLOCK_ROWS if supports(m, config.head_dim, decoder.dtype))
     if group > most:
         raise ValueError(f"{group} query heads a KV head are not supported: at most {most}")
+    for what, number, limit in (
+        ("tokens in the vocabulary", decoder.num_logits, MAX_VOCAB),
+        ("numbers in a row", config.hidden_size, MAX_SIZE),
+        ("numbers in the table of positions", config.max_context * config.head_dim // 2, 2**31 - 1),
+    ):
+        if number > limit:
+            raise ValueError(f"{number} {what} are not supported: at most {limit}")
+    if decoder.device.type == "cuda" and not HAS_TRITON:
+        raise ValueError("a GPU needs Triton: pip install 'anabranch[gpu]'")

@@ -64,28 +64,40 @@ def draw_rows_on_device(rows: Sequence[DrawRow]) -> list[tuple[int, float]]:
     """`draw_rows` where the logits are on a device."""
     logits = torch.stack([row.logits for row in rows]).float()
     where = logits.device
+
+    def sent(host: Tensor) -> Tensor:
+        return upload(host, where)
+
     mask = _masks(rows)
     penal = has_penalties(rows)
     seen = torch.stack([bitmap(row.drawn_ids, logits.shape[1]) for row in rows]) if penal else None
     repetition, presence = _penalties(rows)
     tokens, logs = sample(
         logits,
-        _column(rows, "temperature", torch.float32).to(where),
-        _column(rows, "top_k", torch.int64).to(where),
-        _column(rows, "top_p", torch.float32).to(where),
-        _column(rows, "min_p", torch.float32).to(where),
-        _keys(rows).to(where),
-        _index(rows).to(where),
-        None if mask is None else mask.to(where),
-        None if seen is None else seen.to(where),
-        repetition.to(where) if penal else None,
-        presence.to(where) if penal else None,
+        sent(_column(rows, "temperature", torch.float32)),
+        sent(_column(rows, "top_k", torch.int64)),
+        sent(_column(rows, "top_p", torch.float32)),
+        sent(_column(rows, "min_p", torch.float32)),
+        sent(_keys(rows)),
+        sent(_index(rows)),
+        None if mask is None else sent(mask),
+        None if seen is None else sent(seen),
+        sent(repetition) if penal else None,
+        sent(presence) if penal else None,
     )
     found = list(zip(tokens.tolist(), logs.tolist(), strict=True))
     broken = [place for place, (token, _) in enumerate(found) if token < 0]
     if broken:
         raise ValueError(f"the logits of rows {broken} are not finite")
     return found
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """`host` on `device`, without waiting for what the device has to do."""
+    if device.type != "cuda":
+        return host.to(device)
+    # torch keeps a pinned block until the copies from it are done.
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def has_penalties(rows: Sequence[DrawRow]) -> bool:

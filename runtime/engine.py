@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -284,15 +285,16 @@ class Engine:
         if decoder.packed:
             self.store = KvStore(self.pool, shape.num_layers, shape.num_kv_heads, shape.head_dim, decoder.dtype)
         else:
-            self.device = Device(
-                decoder,
-                self.pool,
-                lanes=self.config.lanes,
-                chunk=self.config.chunk,
-                deterministic=self.config.deterministic,
-            )
-            self.store = self.device.store
-            self.waves = self._new_waves(self.device)
+            with self._on_its_device():
+                self.device = Device(
+                    decoder,
+                    self.pool,
+                    lanes=self.config.lanes,
+                    chunk=self.config.chunk,
+                    deterministic=self.config.deterministic,
+                )
+                self.store = self.device.store
+                self.waves = self._new_waves(self.device)
         self.chat = model.chat
         self.constraints = Constraints(model.tokenizer)
         self.sizes = ModelSizes(model.tokenizer, model.chat)
@@ -466,7 +468,7 @@ class Engine:
 
     def cancel(self, run: Run) -> None:
         """End a run that is not over; its branches that run are cancelled."""
-        with self._lock:
+        with self._lock, self._on_its_device():
             # A journal goes on from where the run was, and not from its having been cancelled.
             run.log = None
             if run.result is None and run.root is not None:
@@ -477,7 +479,7 @@ class Engine:
 
         If a step breaks, every run that is not over fails, and the engine starts anew from an empty pool.
         """
-        with self._lock:
+        with self._lock, self._on_its_device():
             try:
                 return self._step()
             except BaseException as error:
@@ -591,8 +593,13 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.pool = PagePool(self.machine.pages, self.machine.page_size)
         if self.device is not None and self.waves is not None:
-            self.waves.leave()
             self.device.forget()
+            self.waves.leave()
+
+    def _on_its_device(self) -> AbstractContextManager[Any]:
+        """Streams, events and launches are those of the current device, which each thread has its own of."""
+        where = self.model.decoder.device
+        return torch.cuda.device(where) if where.type == "cuda" else nullcontext()
 
     def _new_waves(self, device: Device) -> Waves:
         engine = weakref.ref(self)

@@ -90,15 +90,20 @@ class _Place:
 
     def decoder(self, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, name: str) -> Decoder:
         where = torch.device("cpu") if self.device is None else self.device
-        return Decoder(
-            config,
-            weights,
-            dtype=self.dtype,
-            device=str(where),
-            name=name,
-            pack=self.device is None,
-            num_logits=tokenizer.vocab_size,
-        )
+        try:
+            return Decoder(
+                config,
+                weights,
+                dtype=self.dtype,
+                device=str(where),
+                name=name,
+                pack=self.device is None,
+                num_logits=tokenizer.vocab_size,
+            )
+        except torch.OutOfMemoryError:
+            raise PlanError(
+                Diagnostic("bad-device", f"the model does not fit the memory of {where}", help="`--dtype bfloat16`")
+            ) from None
 
 
 def _device(name: str | None) -> torch.device | None:
@@ -108,8 +113,10 @@ def _device(name: str | None) -> torch.device | None:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+    if device.type == "cpu":
         return device
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     raise PlanError(
         Diagnostic(
             "bad-device", f"there is no device `{name}` here", help="`cuda` needs an NVIDIA or AMD GPU and torch for it"

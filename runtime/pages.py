@@ -148,7 +148,8 @@ class Segment:
     """Append-only tokens of one thread, from position `start` on; `length` counts those whose K and V are written."""
 
     __slots__ = (
-        "expect", "ids", "length", "number", "pages", "pool", "reach", "ref_count", "sealed", "start", "swapped",
+        "epoch", "expect", "ids", "length", "number", "pages", "pool", "reach", "ref_count", "sampled", "sealed",
+        "start", "swapped",
     )  # fmt: skip
 
     def __init__(self, pool: PagePool, start: int, *, expect: int = 1, pages: Sequence[int] = ()) -> None:
@@ -162,17 +163,23 @@ class Segment:
         self.ref_count = 1
         self.expect = expect
         self.reach = 0
+        self.epoch = 0  # raised when what was written is no longer there: whoever wrote ahead must begin anew
         self.ids: list[int] = []
+        self.sampled = bytearray()  # beside `ids`: 1 where the token was drawn
         # What KvStore.save gave, while the pages are somebody else's.
         self.swapped: Saved | None = None
 
-    def append(self, token_ids: Sequence[int]) -> range:
-        """Take slots for `token_ids`; returns their indices in the segment. The caller writes K and V there."""
+    def append(self, token_ids: Sequence[int], sampled: Sequence[bool] | None = None) -> range:
+        """Take slots for `token_ids`; returns their indices in the segment. The caller writes K and V there.
+
+        sampled: which of them were drawn; none by default
+        """
         if self.sealed:
             raise RuntimeError("a sealed segment is never written")
         first, held = self.length, self.num_pages
         self.length += len(token_ids)
         self.ids.extend(token_ids)
+        self.sampled.extend(bytes(len(token_ids)) if sampled is None else map(int, sampled))
         self.reserve(self.length)
         for page in self.pages[held : self.num_pages]:
             self._note(recording.Page(self.number, page))
@@ -199,8 +206,9 @@ class Segment:
         if length > self.length:
             raise ValueError(f"cannot trim {self.length} tokens to {length}")
         held = self.num_pages
+        self.epoch += 1
         self.length = length
-        del self.ids[length:]
+        del self.ids[length:], self.sampled[length:]
         if held > self.num_pages:
             self._note(recording.Shrink(self.number, held - self.num_pages))
         self._shed()
@@ -228,6 +236,7 @@ class Segment:
         if self.sealed or self.swapped is not None or not self.pages:
             raise RuntimeError("only an open segment that holds pages is swapped out")
         self._settle()
+        self.epoch += 1
         self.swapped = store.save(self)
         self._note(recording.SwapOut(self.number))
         self.pool.release(self.pages)
@@ -248,7 +257,8 @@ class Segment:
         """Forget every token; returns their ids. The pages go back."""
         if self.sealed:
             raise RuntimeError("a sealed segment is never emptied")
-        ids, self.ids = self.ids, []
+        ids, self.ids, self.sampled = self.ids, [], bytearray()
+        self.epoch += 1
         self._settle()
         self.length = 0
         self.pool.release(self.pages)
@@ -292,7 +302,7 @@ class Segment:
 
     def _settle(self) -> None:
         if self.reach:
-            self.pool.unhint(self.pages[-1] + 1 if self.pages else 0, self.reach)
+            self.pool.unhint(self.reach - self.expect, self.reach)
             self.reach = 0
 
 

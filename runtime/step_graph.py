@@ -30,6 +30,7 @@ from anabranch.runtime.device import (
     Device,
     PrefillLists,
     check_supported,
+    decode_rows,
     numbered,
     places,
     rotary_factors,
@@ -38,7 +39,6 @@ from anabranch.runtime.device import (
 from anabranch.runtime.device_forward import Attend, DeviceForward, HeadNorms
 from anabranch.runtime.linear import Linear
 from anabranch.runtime.model import Decoder, Layer
-from anabranch.runtime.task_plan import Row
 
 Kind: TypeAlias = Literal["decode", "prefill"]
 Inputs: TypeAlias = dict[str, Any]
@@ -209,7 +209,7 @@ def decode_inputs(device: Device, blocks: Sequence[Block], token_ids: Sequence[i
     """
     if any(block.count != 1 for block in blocks):
         raise ValueError("a decode step has blocks of one row")
-    groups = device.lists_for([Row(block.view, block.segment, block.forks) for block in blocks])
+    groups = device.lists_for(decode_rows(blocks))
     if len(groups) != 1:
         raise ValueError(f"{len(blocks)} rows do not fit one set of lists: feed fewer at a time")
     [(_, lists)] = groups

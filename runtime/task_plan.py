@@ -278,9 +278,9 @@ class TaskPlanner:
         chunk = int(self._run_first[run])
         if len(piece.chunks):
             self._chunks[chunk : chunk + len(piece.chunks)] = piece.chunks
-        own = _Open(
-            row, list(pages), tail, page, chunk + len(piece.chunks), count, np.append(shared, (*piece.runs, run))
-        )
+        # 16 bits: a wider number among them would widen all, and the sort would not be by radix.
+        runs = np.concatenate((shared, np.asarray((*piece.runs, run), dtype=np.int16)))
+        own = _Open(row, list(pages), tail, page, chunk + len(piece.chunks), count, runs)
         self._put(own)
         return own
 

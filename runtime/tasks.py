@@ -600,7 +600,7 @@ class Task:
         kept = 0
         while kept < min(len(ended.ids), ended.drawn) and ended.ids[kept] == entry.drawn_ids[kept]:
             kept += 1
-        self.context.push(ended.ids[:kept], Row.RECOMPUTE)
+        self.context.push(ended.ids[:kept], Row.RECOMPUTE, sampled=True)
         self.context.push(ended.ids[kept:], Row.PREFILL)
         self.run.check_position(self.context.position)
         self.drawn += ended.drawn
@@ -627,7 +627,7 @@ class Task:
         context = self.context
         if context.segment is None or not context.segment.length:
             raise BranchStopped("there is nothing to continue from")
-        context.push(context.trim(1), Row.RECOMPUTE)
+        context.reopen()
 
     def _draw(self, node: graph.Decode, held: bool) -> Generator[Request, Any, GenEnded]:
         spec = node.spec

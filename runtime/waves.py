@@ -26,7 +26,7 @@ from anabranch.runtime.automata import Automaton, DfaAutomaton, LinesAutomaton, 
 from anabranch.runtime.constrain import AutomatonConstraint
 from anabranch.runtime.device import Device, DeviceLists, Reads, runs_read
 from anabranch.runtime.device_forward import HeadNorms
-from anabranch.runtime.drawing import bitmap, penal
+from anabranch.runtime.drawing import bitmap, penal, upload
 from anabranch.runtime.graphs import Graphs
 from anabranch.runtime.pages import Segment
 from anabranch.runtime.task_plan import Overflow, Row
@@ -114,7 +114,8 @@ class _Seat:
     """A seated lane.
 
     block: the row that it was seated with
-    taken: tokens of its segment that the host knows; most: tokens that it may ever hold; pages: as they were laid out
+    taken: tokens of its segment that the host knows; most: tokens that it may ever hold
+    epoch: of its segment; pages: how many were laid out
     """
 
     row: int
@@ -122,7 +123,8 @@ class _Seat:
     block: Block
     taken: int
     most: int
-    pages: list[int] = field(default_factory=list)
+    epoch: int
+    pages: int = 0
     waiting: deque[_Launch] = field(default_factory=deque)
 
     @property
@@ -169,13 +171,19 @@ class Waves:
         self._floats = torch.ones(len(_Float), lanes, dtype=torch.float32, device=where)
         self._seen = torch.zeros(lanes, -(-vocab_size // 32), dtype=torch.int32, device=where)
         self._end_tokens = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=where)
-        self._page_table = torch.zeros(lanes, 1, dtype=torch.int64, device=where)
+        # As wide as any context: graphs hold its address.
+        columns = min(-(-device.config.max_context // device.page_size), device.store.k[0].shape[0])
+        self._page_table = torch.zeros(lanes, columns, dtype=torch.int64, device=where)
+        self._logits = torch.empty(lanes, vocab_size, dtype=torch.float32, device=where)
         self._lists = DeviceLists(device.capacity, where)
         self._automata = _Automata(vocab_size, where)
-        self._graphs = Graphs(self._step, where)
+        self._graphs = Graphs(where)
         self._seats: dict[int, _Seat] = {}  # by row
         self._by_draw: dict[int, _Seat] = {}  # by the identity of the draw, which the seat holds
         self._due: list[int] | None = []
+        self._left: set[int] = set()  # rows that the device has not been told are free
+        self._overflow: frozenset[int] = frozenset()
+        self._typed = False  # whether a lane of the coming step needs its automaton
         self._stale = True
 
     def takes(self, draw: Draw, segment: Segment | None) -> bool:
@@ -185,15 +193,26 @@ class Waves:
         constraint = draw.generation.constraint
         if constraint is None:
             return True
-        return isinstance(constraint, AutomatonConstraint) and self._automata.base(constraint.automaton) is not None
+        if not isinstance(constraint, AutomatonConstraint):
+            return False
+        in_use = self._typed or any(seat.draw.generation.constraint is not None for seat in self._seats.values())
+        found = self._automata.base(constraint.automaton, make_room=not in_use) is not None
+        self._typed = self._typed or found
+        return found
 
     def step(self, wanted: Sequence[LaneStep]) -> list[Drawn] | None:
         """The next token of each lane; None, with nobody seated, if they do not fit the device's lists."""
+        lanes = frozenset(id(lane.draw) for lane in wanted)
+        self._typed = False
+        if lanes == self._overflow:
+            return None
         seats = self._seat(wanted)
         # A lane's first launch of this call has its slot; those ahead of the host take pages only while there are some.
         if not self._launch([seat for seat in seats if not seat.waiting]):
             self.leave()
+            self._overflow = lanes
             return None
+        self._overflow = frozenset()
         for _ in range(self._run_ahead):
             due = [seat for seat in seats if len(seat.waiting) <= self._run_ahead and self._has_room(seat)]
             if not due or not self._launch(due):
@@ -226,7 +245,7 @@ class Waves:
             if id(lane.draw) not in self._by_draw:
                 taken = lane.block.first
                 most = taken + lane.draw.generation.left
-                seat = _Seat(free[len(fresh)], lane.draw, lane.block, taken, most)
+                seat = _Seat(free[len(fresh)], lane.draw, lane.block, taken, most, lane.block.segment.epoch)
                 fresh.append((seat, lane))
         for seat, _ in fresh:
             self._seats[seat.row] = seat
@@ -244,7 +263,7 @@ class Waves:
             and seat.block.segment is block.segment
             and seat.block.view is block.view
             and seat.taken == block.first
-            and block.segment.pages[: len(seat.pages)] == seat.pages
+            and seat.epoch == block.segment.epoch
         )
 
     def _unseat(self, seats: Sequence[_Seat]) -> None:
@@ -253,8 +272,7 @@ class Waves:
         for seat in seats:
             self.rows_dropped += len(seat.waiting)
             del self._seats[seat.row], self._by_draw[id(seat.draw)]
-        rows = torch.tensor([seat.row for seat in seats], device=self._ints.device)
-        self._ints[_Int.RUNS].index_fill_(0, rows, 0)
+        self._left.update(seat.row for seat in seats)
         self._stale = True
 
     def _write(self, fresh: Sequence[tuple[_Seat, LaneStep]]) -> None:
@@ -281,11 +299,12 @@ class Waves:
                 options["presence_penalty"],
             ])  # fmt: skip
             if penal(draw):
-                self._seen[seat.row] = bitmap(lane.drawn_ids, self._vocab_size).to(self._seen.device)
+                self._seen[seat.row].copy_(upload(bitmap(lane.drawn_ids, self._vocab_size), self._seen.device))
         where = self._ints.device
-        rows = torch.tensor([seat.row for seat, _ in fresh], device=where)
-        self._ints[:, rows] = torch.tensor(ints, dtype=torch.int64, device=where).T
-        self._floats[:, rows] = torch.tensor(floats, dtype=torch.float32, device=where).T
+        rows = upload(torch.tensor([seat.row for seat, _ in fresh]), where)
+        self._ints.index_copy_(1, rows, upload(torch.tensor(ints, dtype=torch.int64).T.contiguous(), where))
+        self._floats.index_copy_(1, rows, upload(torch.tensor(floats, dtype=torch.float32).T.contiguous(), where))
+        self._left.difference_update(seat.row for seat, _ in fresh)
         # Nobody new is due yet, who may sit where somebody who was due sat.
         self._due = None
 
@@ -306,13 +325,13 @@ class Waves:
         seated = self._seats.values()
         typed = any(seat.draw.generation.constraint is not None for seat in seated)
         penalized = any(penal(seat.draw) for seat in seated)
-        self._graphs.prepare(count, typed, penalized, quiet=lambda: self._mark([]))
+        self._graphs.prepare(self._step, count, typed, penalized, quiet=lambda: self._mark([]))
         self._mark(sorted(seat.row for seat in due))
         reads: Reads = []
         if self._keeps_reads:
             lengths = [self._seats[row].fed + 1 if row in self._seats else 0 for row in range(count)]
             reads = runs_read(self._lists, lengths, self._device.page_size)
-        tokens, logprob, logits = self._graphs.run(count, typed, penalized)
+        tokens, logprob, logits = self._graphs.run(self._step, count, typed, penalized)
         launch = self._fetch(tokens, logprob, logits, reads)
         for seat in due:
             seat.waiting.append(launch)
@@ -321,16 +340,20 @@ class Waves:
 
     def _mark(self, rows: list[int]) -> None:
         """Those that the next launch steps."""
+        if self._left:
+            left = torch.tensor(sorted(self._left))
+            self._ints[_Int.RUNS].index_fill_(0, upload(left, self._ints.device), 0)
+            self._left.clear()
         if rows != self._due:
             flags = torch.zeros(self._lanes, dtype=torch.int64)
             flags[rows] = 1
-            self._ints[_Int.DUE].copy_(flags)
+            self._ints[_Int.DUE].copy_(upload(flags, self._ints.device))
             self._due = rows
 
     def _fetch(self, tokens: Tensor, logprob: Tensor, logits: Tensor, reads: Reads) -> _Launch:
         """Start bringing the results of a launch to the host: the next one writes where they stand."""
         if tokens.device.type != "cuda":
-            return _Launch(tokens, logprob, logits, reads, None)
+            return _Launch(tokens, logprob, logits.clone(), reads, None)
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
         logs = torch.empty(logprob.shape, dtype=logprob.dtype, pin_memory=True).copy_(logprob, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -340,15 +363,16 @@ class Waves:
     def _lay_out(self, due: Sequence[_Seat]) -> bool:
         """Pages for what a launch feeds, and lists that hold them; False if these overflow."""
         size = self._device.page_size
-        for seat in due:
-            pages = len(seat.block.segment.pages)
-            if seat.fed + 1 > pages * size:
-                # The pages of a horizon at once, where there are many; else the one that is needed.
-                far = min(seat.fed + HORIZON, seat.most)
-                roomy = self._num_free() > self._lanes * (2 + HORIZON // size)
-                seat.block.segment.reserve(far if roomy else seat.fed + 1)
-            if len(seat.block.segment.pages) != len(seat.pages):
-                self._stale = True
+        short = [seat for seat in due if seat.fed + 1 > len(seat.block.segment.pages) * size]
+        if short and self._num_free() > self._lanes * (2 + HORIZON // size):
+            # Pages are plenty: those of a horizon, and for all who come to need some soon, so that plans are few.
+            for seat in self._seats.values():
+                if seat.fed + HORIZON // 2 > len(seat.block.segment.pages) * size:
+                    seat.block.segment.reserve(min(seat.fed + HORIZON, seat.most))
+        for seat in short:
+            seat.block.segment.reserve(seat.fed + 1)
+        if any(len(seat.block.segment.pages) != seat.pages for seat in self._seats.values()):
+            self._stale = True
         if not self._stale:
             return True
         count = max(self._seats) + 1
@@ -359,17 +383,12 @@ class Waves:
             return False
         self.num_planned += 1
         self._stale = False
-        most = max(len(seat.block.segment.pages) for seat in self._seats.values())
-        if most > self._page_table.shape[1]:
-            # Graphs hold the old table's address.
-            wide = 1 << (most - 1).bit_length()
-            self._page_table = torch.zeros(self._lanes, wide, dtype=torch.int64, device=self._page_table.device)
-            self._graphs.forget()
-        table = torch.zeros(count, most, dtype=torch.int64)
         for row, seat in self._seats.items():
-            seat.pages = list(seat.block.segment.pages)
-            table[row, : len(seat.pages)] = torch.tensor(seat.pages)
-        self._page_table[:count, :most] = table.to(self._page_table.device)
+            pages = seat.block.segment.pages
+            if len(pages) != seat.pages:
+                new = torch.tensor(pages[seat.pages :])
+                self._page_table[row, seat.pages : len(pages)].copy_(upload(new, self._page_table.device))
+                seat.pages = len(pages)
         return True
 
     def _step(self, count: int, typed: bool, penalized: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -440,11 +459,14 @@ class Waves:
             old = self._seen[:count].gather(1, word[:, None])
             self._seen[:count].scatter_(1, word[:, None], torch.where(able[:, None], old | bit[:, None], old))
         ints[_Int.RUNS].copy_(torch.where(active, goes_on.to(torch.int64), ints[_Int.RUNS]))
-        return drawn, logprob, logits
+        # In memory of its own: each graph would keep its output for good.
+        kept = self._logits[:count].copy_(logits)
+        return drawn, logprob, kept
 
 
 class _Automata:
-    """The automata of regular types in tables of a fixed size, one after another, for as long as there is room.
+    """The automata of regular types in tables of a fixed size, one after another. When they are full and nobody uses
+    them, they begin anew.
 
     next_state: int32 [states, vocab], numbered over all of them, -1 where nothing leads; distance: int32 [states];
     accepting, final: bool [states]
@@ -461,11 +483,19 @@ class _Automata:
         self.accepting = torch.zeros(1, dtype=torch.bool, device=device)
         self.final = torch.zeros(1, dtype=torch.bool, device=device)
 
-    def base(self, automaton: Automaton) -> int | None:
-        """The number of its first state, brought to the device the first time; None if it is too large."""
+    def base(self, automaton: Automaton, *, make_room: bool = False) -> int | None:
+        """The number of its first state, brought to the device the first time; None if there is no room for it.
+
+        make_room: forget the others if need be
+        """
         known = self._bases.get(id(automaton))
-        if known is None:
-            known = self._bases[id(automaton)] = (automaton, self._add(automaton))
+        if known is None or (known[1] is None and make_room):
+            base = self._add(automaton)
+            if base is None and make_room:
+                self._bases.clear()
+                self._used = 0
+                base = self._add(automaton)
+            known = self._bases[id(automaton)] = (automaton, base)
         return known[1]
 
     def _add(self, automaton: Automaton) -> int | None:
@@ -477,7 +507,7 @@ class _Automata:
             return None
         if self._used + len(found.distance) > self._most:
             return None
-        if self._used == 0:
+        if self.next_state.shape[0] != self._most:
             # Of a size for good: captured graphs hold the address.
             self.next_state = torch.full((self._most, self._vocab_size), -1, dtype=torch.int32, device=self._device)
             self.distance = torch.zeros(self._most, dtype=torch.int32, device=self._device)

@@ -18,4 +18,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: not item.path.name.startswith(("test_aliasing_", "test_schedules_")))
+    longest = ("test_aliasing_", "test_schedules_", "test_device.py", "test_kernels_aot", "test_kernel_")
+    items.sort(key=lambda item: not item.path.name.startswith(longest))
