@@ -149,14 +149,9 @@ def show(
 ) -> None:
     """Print a plan's syntax, graph or schedule, or MLIR."""
     with reporting():
-        if stage is Stage.MLIR:
-            from anabranch.cli.show_mlir import show_mlir
-
-            show_mlir(file, plan, functions, dialect.value, model, as_json=json)
-            return
         from anabranch.cli.show import show_stage
 
-        show_stage(file, stage.value, plan, functions, as_json=json)
+        show_stage(file, stage.value, plan, functions, dialect=dialect.value, model=model, as_json=json)
 
 
 @app.command()
