@@ -23,11 +23,15 @@ from anabranch.runtime.rope import rope_table
 class StepInputs:
     """What a step is told of its rows. R rows, K keys that any of them sees, S shifts, W windows of the model's layers.
 
+    R, K, S and N are at least two, since torch exports a program with open sizes for those alone: a lone row is there
+    twice, a lone key and shift have a masked one beside them.
+
     token_ids: [R]; slots: [R], where their keys and values go; positions: [R]; all int64
     shifted: [S, R], int64, positions less each shift
     keys: [K], int64, slots in the order of the views, each once
     mask: [W, S, R, K], of the decoder's dtype: 0 where a row sees a key under a shift, -inf elsewhere
     wanted: [N], int64, rows whose logits are wanted
+    num_wanted: how many of `wanted` were asked for; the others fill it up
     """
 
     token_ids: Tensor
@@ -37,6 +41,7 @@ class StepInputs:
     keys: Tensor
     mask: Tensor
     wanted: Tensor
+    num_wanted: int
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in the order in which `DenseStep` takes them."""
@@ -69,6 +74,8 @@ def dense_inputs(
             seen.append(above + own[: index + 1])
     if not slots or len(token_ids) != len(slots):
         raise ValueError(f"{len(token_ids)} token ids for {len(slots)} rows")
+    if len(slots) == 1:
+        slots, positions, seen, token_ids = slots * 2, positions * 2, seen * 2, [*token_ids] * 2
     column: dict[int, int] = {}
     plane: dict[int, int] = {0: 0}
     for row in seen:
@@ -76,7 +83,10 @@ def dense_inputs(
             column.setdefault(slot, len(column))
             plane.setdefault(shift, len(plane))
     windows = _windows(decoder)
-    mask = torch.full((len(windows), len(plane), len(slots), len(column)), float("-inf"), dtype=decoder.dtype)
+    keys, shifts = [*column], [*plane]
+    keys += keys if len(keys) < 2 else []
+    shifts += [0] if len(shifts) < 2 else []
+    mask = torch.full((len(windows), len(shifts), len(slots), len(keys)), float("-inf"), dtype=decoder.dtype)
     for number, row in enumerate(seen):
         for slot, position, shift in row:
             distance = positions[number] - position - shift
@@ -85,15 +95,16 @@ def dense_inputs(
                     mask[place, plane[shift], number, column[slot]] = 0
     at = torch.tensor(positions, dtype=torch.int64)
     # A row that sees nothing under a shift may come out below 0 there; any position will do, since all is masked.
-    shifted = (at[None, :] - torch.tensor(list(plane))[:, None]).clamp(min=0)
+    shifted = (at[None, :] - torch.tensor(shifts)[:, None]).clamp(min=0)
     return StepInputs(
         torch.tensor(list(token_ids), dtype=torch.int64),
         at,
         shifted,
         torch.tensor(slots, dtype=torch.int64),
-        torch.tensor(list(column), dtype=torch.int64),
+        torch.tensor(keys, dtype=torch.int64),
         mask,
-        torch.tensor(list(wanted), dtype=torch.int64),
+        torch.tensor([*wanted, *[0] * (2 - len(wanted))], dtype=torch.int64),
+        len(wanted),
     )
 
 
