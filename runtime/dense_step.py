@@ -230,14 +230,16 @@ def export_dense_step(decoder: Decoder, weights: dict[str, Tensor], num_slots: i
         torch.zeros(len(_windows(decoder)), 2, 3, 5, dtype=dtype),
         torch.zeros(4, dtype=torch.int64),
     )
-    pool = [torch.empty(config.num_kv_heads, num_slots, config.head_dim, dtype=dtype)] * config.num_layers
+    # Tensors of their own: one that is given twice is exported as one input, and the other places are not read.
+    pools = [
+        [torch.empty(config.num_kv_heads, num_slots, config.head_dim, dtype=dtype) for _ in range(config.num_layers)]
+        for _ in range(2)
+    ]
     dynamic: tuple[object, ...] = (
         {0: rows}, {0: rows}, {0: shifts, 1: rows}, {0: rows}, {0: keys}, {1: shifts, 2: rows, 3: keys}, {0: wanted},
-        [{}] * len(pool), [{}] * len(pool), {name: {} for name in weights},
+        [{}] * config.num_layers, [{}] * config.num_layers, {name: {} for name in weights},
     )  # fmt: skip
-    return torch.export.export(
-        DenseStep(decoder), (*example, pool, pool, weights), dynamic_shapes=dynamic, strict=False
-    )
+    return torch.export.export(DenseStep(decoder), (*example, *pools, weights), dynamic_shapes=dynamic, strict=False)
 
 
 def _windows(decoder: Decoder) -> list[int | None]:
