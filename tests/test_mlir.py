@@ -188,7 +188,7 @@ def model(*, variant: bool = False, pack: bool = True) -> LoadedModel:
     return LoadedModel(decoder, tokenizer, read_chat(tokenizer, "random"), "random", "0")
 
 
-PAGES, PAGE_SIZE = 128, 4
+PAGES, PAGE_SIZE = 512, 4
 
 
 @cache
