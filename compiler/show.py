@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeAlias, assert_never
 
+from anabranch.compiler.emit_mlir import to_mlir
 from anabranch.compiler.graph_text import graph_text
 from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.record import record
@@ -61,8 +62,28 @@ def schedule_of(
     """The static schedule as JSON, in which text counts as its bytes; parameters and errors as for `show`."""
     compiled = compile_plan(program, name, functions=functions)
     schedule = _recorded(compiled, machine or Machine(), None, inputs)
+    return to_json(schedule, _origin(program, compiled, functions, inputs))
+
+
+def mlir_of(
+    program: Program,
+    name: str | None = None,
+    functions: Collection[str] = (),
+    *,
+    machine: Machine | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> str:
+    """The plan and its static schedule as MLIR, in which text counts as its bytes; errors as for `show`."""
+    compiled = compile_plan(program, name, functions=functions)
+    schedule = _recorded(compiled, machine or Machine(), None, inputs)
+    return to_mlir(schedule, _origin(program, compiled, functions, inputs), compiled.graph)
+
+
+def _origin(
+    program: Program, compiled: Compiled, functions: Collection[str], inputs: Mapping[str, Any] | None
+) -> Origin:
     text = program.source.text or print_plan(program)
-    return to_json(schedule, Origin(text, compiled.graph.main, dict(inputs or {}), tuple(sorted(functions))))
+    return Origin(text, compiled.graph.main, dict(inputs or {}), tuple(sorted(functions)))
 
 
 def _recorded(compiled: Compiled, machine: Machine, sizes: Sizes | None, inputs: Mapping[str, Any] | None) -> Schedule:

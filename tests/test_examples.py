@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,24 @@ def test_a_model_of_ones_own_runs(name: str) -> None:
         assert engine.startswith("engine ok") and ops == engine.replace("engine", "ops", 1)
     else:
         assert "tokens aliased" in done.stdout
+
+
+@pytest.mark.skipif(find_spec("torch_mlir") is None, reason="torch-mlir is not installed")
+def test_the_mlir_example_runs(tmp_path: Path) -> None:
+    """It writes its files, reads the schedule back, and machine code agrees with torch."""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "to_mlir.py"), "random", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "read back: plan solve, " in done.stdout
+    assert float(done.stdout.rsplit(" ", 1)[1]) < 1e-4
+    assert {path.name for path in tmp_path.iterdir()} == {"anabranch.irdl.mlir", "vote.mlir"}
 
 
 def test_the_property_test_finds_its_planted_bug() -> None:

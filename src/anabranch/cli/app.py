@@ -19,6 +19,16 @@ class Stage(StrEnum):
     AST = "ast"
     GRAPH = "graph"
     SCHEDULE = "schedule"
+    MLIR = "mlir"
+
+
+class Dialect(StrEnum):
+    """What `show --stage mlir` prints it in."""
+
+    ANABRANCH = "anabranch"
+    TORCH = "torch"
+    LINALG = "linalg"
+    STABLEHLO = "stablehlo"
 
 
 class Dtype(StrEnum):
@@ -122,15 +132,26 @@ def show(
     stage: Annotated[Stage, typer.Option("--stage", help="Which form of the plan.")] = Stage.GRAPH,
     plan: Plan = None,
     functions: Functions = None,
+    dialect: Annotated[
+        Dialect,
+        typer.Option(
+            "--dialect",
+            help="With `--stage mlir`: anabranch for the plan and its schedule, another for a step of `--model`.",
+        ),
+    ] = Dialect.ANABRANCH,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="With `--stage mlir`: whose step is lowered."),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="With `--stage schedule`: one JSON document, which `verify` reads.")
     ] = False,
 ) -> None:
-    """Print a plan's syntax, graph or schedule."""
+    """Print a plan's syntax, graph or schedule, or MLIR."""
     with reporting():
         from anabranch.cli.show import show_stage
 
-        show_stage(file, stage.value, plan, functions, as_json=json)
+        show_stage(file, stage.value, plan, functions, dialect=dialect.value, model=model, as_json=json)
 
 
 @app.command()
