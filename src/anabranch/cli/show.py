@@ -59,6 +59,7 @@ def _step(model: str | None, dialect: Literal["torch", "linalg", "stablehlo"]) -
     from anabranch.compiler.mlir import mlir_text
     from anabranch.compiler.mlir_bindings import bindings
     from anabranch.runtime.dense_step import dense_weights, export_dense_step
+    from anabranch.runtime.model import Decoder
     from anabranch.runtime.models import load
 
     if model is None:
@@ -66,4 +67,6 @@ def _step(model: str | None, dialect: Literal["torch", "linalg", "stablehlo"]) -
     # A missing extra is told before a model is loaded.
     bindings("fx")
     decoder = load(model, device="cpu").decoder
+    # Of what `load` gives; a decoder of another kind has no such step.
+    assert isinstance(decoder, Decoder)
     return mlir_text(export_dense_step(decoder, dense_weights(decoder), NUM_SLOTS), dialect)
