@@ -316,7 +316,8 @@ def _taken(found: list[int], outputs: Sequence[Tensor]) -> list[Tensor]:
         count = 1
         for size in shape:
             count *= size
-        if allocated not in owners:
+        is_shared = allocated in owners
+        if not is_shared:
             owners[allocated] = _Owner(allocated)
         if count == 0:
             tensors.append(torch.empty(shape, dtype=output.dtype))
@@ -324,5 +325,7 @@ def _taken(found: list[int], outputs: Sequence[Tensor]) -> list[Tensor]:
         begin = aligned + offset * output.dtype.itemsize
         memory = (ctypes.c_char * (count * output.dtype.itemsize)).from_address(begin)
         setattr(memory, "owner", owners[allocated])  # noqa: B010  (no type checker knows that it can have attributes)
-        tensors.append(torch.frombuffer(memory, dtype=output.dtype).reshape(shape))
+        tensor = torch.frombuffer(memory, dtype=output.dtype).reshape(shape)
+        # Equal results are computed once, and are tensors of their own all the same.
+        tensors.append(tensor.clone() if is_shared else tensor)
     return tensors
