@@ -113,7 +113,7 @@ def jit(step: ExportedProgram, *, opt_level: int = 0) -> JitStep:
 
     step: its inputs and outputs are tensors, in any nesting, on the CPU, of fp32, fp64, int64, int32 or bool; weights
         that are parameters of its module become constants of the code, so large ones are better given as inputs
-    opt_level: LLVM's, 0 to 3; what each costs is in docs/mlir.md
+    opt_level: LLVM's, 0 to 3: a higher one compiles longer, to faster code
     Raises PlanError as `mlir_text` does, and ValueError for another dtype.
     """
     return JitStep(step, opt_level)
