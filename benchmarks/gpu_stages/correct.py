@@ -26,7 +26,7 @@ from anabranch.kernels.sample_device import automaton_mask_torch, sample_torch
 from anabranch.kernels.segment_attention import HEAD_DIMS, PAGE_SIZES, segment_attention_torch, supports
 from anabranch.kernels.segment_prefill import largest_block, segment_prefill_torch
 from anabranch.kernels.swiglu import swiglu_packed_torch
-from anabranch.runtime.device import _Prefill
+from anabranch.runtime.device import PrefillLists
 from gpu_stages.log import Figures, Log
 from gpu_stages.trees import LISTS, Sizes, moved, tables, wave
 
@@ -322,7 +322,7 @@ def prefill(launch: Launch, dtype: torch.dtype, case: tuple[Sizes, int]) -> Pair
     for block in blocks:
         firsts.append((len(positions), block))
         positions += [block.segment.start + block.first + at for at in range(block.count)]
-    plan = _Prefill(firsts, sizes.page_size, torch.device("cpu"))
+    plan = PrefillLists(firsts, sizes.page_size, torch.device("cpu"))
     # A row that no block names stands at the end: it must stay as it was.
     generator = torch.Generator().manual_seed(9)
     num_rows, (num_heads, _) = len(positions), sizes.heads

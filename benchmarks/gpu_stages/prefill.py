@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anabranch.kernels.segment_prefill import segment_prefill
 from anabranch.runtime.attention import Block
-from anabranch.runtime.device import _Prefill
+from anabranch.runtime.device import PrefillLists
 from anabranch.runtime.pages import Entry, PagePool, Segment, View
 from gpu_stages.log import Figures, Log
 from gpu_stages.timing import cold_buffers, measure
@@ -78,7 +78,7 @@ class Case:
             own.append([0] * shape.rows)
             self.segments.append(own)
             blocks.append((number * shape.rows, Block(view, own, 0, shape.rows)))
-        self.plan = _Prefill(blocks, PAGE_SIZE, device)
+        self.plan = PrefillLists(blocks, PAGE_SIZE, device)
         generator = torch.Generator(device).manual_seed(0)
         size = (pool.num_pages, shape.heads[1], PAGE_SIZE, shape.head_dim)
         num_bytes = 2 * DTYPE.itemsize * pool.num_pages * shape.heads[1] * PAGE_SIZE * shape.head_dim
