@@ -32,14 +32,14 @@ class Graphs:
         self._stream: Any = None
         self.num_captured = 0
 
-    def prepare(self, launch: Launch, count: int, typed: bool, penal: bool, quiet: Callable[[], None]) -> bool:
-        """Capture what `run` will replay; False if there is nothing to do.
+    def prepare(self, launch: Launch, count: int, typed: bool, penal: bool, quiet: Callable[[], None]) -> None:
+        """Capture what `run` will replay, unless it is captured already.
 
         quiet: makes a launch change nothing, since the kernels must run once before they are captured
         """
         key = (count, typed, penal)
         if self._device.type != "cuda" or key in self._graphs:
-            return False
+            return
         quiet()
         if len(self._graphs) >= MAX_GRAPHS:
             # One that is still replayed must not lose its memory.
@@ -48,7 +48,6 @@ class Graphs:
                 self._graphs.popitem(last=False)
         self._graphs[key] = self._capture(launch, *key)
         self.num_captured += 1
-        return True
 
     @torch.no_grad()
     def run(self, launch: Launch, count: int, typed: bool, penal: bool) -> Outputs:

@@ -158,7 +158,6 @@ class Waves:
         if run_ahead < 0:
             raise ValueError(f"run_ahead={run_ahead} is at least 0")
         self.num_launches = 0
-        self.num_planned = 0
         self.rows_dropped = 0
         self._device = device
         self._lanes = lanes
@@ -381,7 +380,6 @@ class Waves:
             rows[row] = Row(seat.block.view, seat.block.segment, seat.block.forks)
         if isinstance(self._lists.plan(self._device.planner, rows), Overflow):
             return False
-        self.num_planned += 1
         self._stale = False
         for row, seat in self._seats.items():
             pages = seat.block.segment.pages

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
+from interpreter import interpreted, run_in_interpreter, starts_interpreter
 from test_device import model, run_on
 
 from anabranch.compiler.verify_recording import verify_recording
 from anabranch.runtime.engine import Engine, EngineConfig
 from anabranch.runtime.recorder import Recorder
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Steps of several rows and of one, a wave with masks and one with penalties, several segments under shifts, filters.
 PLAN = """
@@ -30,22 +24,14 @@ go = plan() {
 """
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@starts_interpreter
 def test_in_the_interpreter() -> None:
     """The tests below pass in it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout, done.stdout
+    printed = run_in_interpreter(__file__)
+    assert "2 passed" in printed, printed
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_the_interpreter")
+@interpreted
 @pytest.mark.parametrize(
     ("variant", "deterministic"), [("plain", False), ("qk_norm", True)], ids=["plain", "qk-norm-fixed"]
 )

@@ -1,42 +1,24 @@
-"""The Triton kernel of the fixed linear in Triton's interpreter, against its torch definition.
-
-The interpreter is a property of the process, so the module runs itself again with TRITON_INTERPRET=1.
-"""
+"""The Triton kernel of the fixed linear in Triton's interpreter, against its torch definition."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted, run_in_interpreter, starts_interpreter
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from anabranch.kernels.fixed_linear import BLOCK_ROWS, fixed_linear, fixed_linear_torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_the_interpreter")
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 SENTINEL = 1234.5
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@starts_interpreter
 def test_in_the_interpreter() -> None:
     """Every test below that needs the interpreter passes in it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    run_in_interpreter(__file__)
 
 
 def make(num_rows: int, num_in: int, num_out: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

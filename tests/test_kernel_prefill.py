@@ -1,45 +1,28 @@
-"""The Triton kernel of prefill attention in Triton's interpreter, against its torch definition.
-
-The interpreter is a property of the process, so the module runs itself again with TRITON_INTERPRET=1.
-"""
+"""The Triton kernel of prefill attention in Triton's interpreter, against its torch definition."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted, run_in_interpreter, starts_interpreter
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from anabranch.kernels.segment_attention import PAGE_BITS
 from anabranch.kernels.segment_prefill import BLOCK_FIELDS, SPAN_FIELDS, segment_prefill, segment_prefill_torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_the_interpreter")
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3}
 SENTINEL = 1234.5
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@starts_interpreter
 def test_in_the_interpreter() -> None:
     """Every test below that needs the interpreter passes in it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    run_in_interpreter(__file__)
 
 
 class Span(NamedTuple):

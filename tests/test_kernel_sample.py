@@ -1,22 +1,16 @@
-"""The Triton kernels of the draw and of token masks in Triton's interpreter, against `draw` and `Automaton.mask`.
-
-The interpreter is a property of the process, so the module runs itself again with TRITON_INTERPRET=1.
-"""
+"""The Triton kernels of the draw and of token masks in Triton's interpreter, against `draw` and `Automaton.mask`."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted, run_in_interpreter, starts_interpreter
 from torch import Tensor
 
 from anabranch.dsl.spec import BoolType, ChoiceType, FloatType, GenType, IntType, LinesType, RegexType
@@ -46,27 +40,16 @@ from anabranch.runtime.weights import GgufFile
 if HAS_TRITON:
     import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_the_interpreter")
 VECTORS = Path(__file__).parent / "data" / "draw_vectors.json"
 SENTINEL = 1234
 SMALL = Sizes(block=64, search_block=128, capacity=24)
 """Many tiles, and a search that often has more candidates than it may keep."""
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@starts_interpreter
 def test_in_the_interpreter() -> None:
     """Every test below that needs the interpreter passes in it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    run_in_interpreter(__file__)
 
 
 # The draw.

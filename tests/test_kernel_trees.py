@@ -5,19 +5,14 @@ The full sizes are planned and their bytes counted by `benchmarks/bytes.py`.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
+from interpreter import interpreted, run_in_interpreter, starts_interpreter
 
 from anabranch.kernels.segment_attention import segment_attention_torch
 from anabranch.runtime.pages import Entry, PagePool, Segment, View
 from anabranch.runtime.task_plan import Capacity, Planned, Row, TaskLists, TaskPlanner
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PAGE_SIZE = 16
 HEAD_DIM = 64
 
@@ -33,19 +28,11 @@ TREES = {
 }
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@starts_interpreter
 def test_in_the_interpreter() -> None:
     """The trees below pass in it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 * len(TREES)} passed" in done.stdout, done.stdout
+    printed = run_in_interpreter(__file__)
+    assert f"{2 * len(TREES)} passed" in printed, printed
 
 
 def grow(nodes: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[PagePool, list[Row], list[list[Segment]]]:
@@ -73,7 +60,7 @@ def grow(nodes: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[PagePool, lis
     return pool, rows, seen
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_the_interpreter")
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", TREES)
 def test_a_published_tree(name: str, dtype: torch.dtype) -> None:
