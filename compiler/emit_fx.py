@@ -166,7 +166,7 @@ class _Scope:
         setattr(self.root, free, module)
         return free
 
-    def finish(self, outputs: Sequence[fx.Node], captured: Sequence[str]) -> fx.GraphModule:
+    def finish(self, outputs: fx.Node | Sequence[fx.Node], captured: Sequence[str]) -> fx.GraphModule:
         """The body as a module, which takes what is carried and then `captured`, in that order."""
         nodes = [self.get(name) for name in captured]
         last: fx.Node | None = None
@@ -178,7 +178,7 @@ class _Scope:
             else:
                 last.append(node)
             last = node
-        self.graph.output(tuple(outputs))
+        self.graph.output(outputs if isinstance(outputs, fx.Node) else tuple(outputs))
         return fx.GraphModule(self.root, self.graph, "GraphModule")
 
 
@@ -292,7 +292,8 @@ class _Emitter:
                 for part, module in zip(("", "_skipped"), modules, strict=True)
             ]
             operands = tuple(scope.get(captured_name) for captured_name in captured)
-            scope.call(torch.ops.higher_order.cond, taken, *held, operands, name=f"{base}_{arm}")
+            ran = scope.call(torch.ops.higher_order.cond, taken, *held, operands, name=f"{base}_{arm}")
+            scope.op("after", scope.get("state"), scope.part(ran, 0, f"{base}_{arm}_ran"))
         scope.op("merge", scope.get("state"), name, name=f"{base}_merged")
 
     def _while(self, scope: _Scope, base: str, question: str, name: str, body: Callable[[_Scope], object]) -> None:
@@ -302,14 +303,15 @@ class _Emitter:
         body(inner)
         rounds = inner.aten("add.Scalar", inner.carried[0], 1, name="next_round")
         captured = list(dict.fromkeys((*ask.captured, *inner.captured)))
-        ask_module, body_module = _predicate(ask, go_on, captured), inner.finish([rounds], captured)
+        ask_module, body_module = ask.finish(go_on, captured), inner.finish([rounds], captured)
         held = [
             scope.graph.get_attr(scope.module(f"{base}_{part}", module))
             for part, module in (("cond", ask_module), ("body", body_module))
         ]
         zero = scope.aten("full", [], 0, dtype=torch.int64, name=f"{base}_rounds")
         operands = tuple(scope.get(captured_name) for captured_name in captured)
-        scope.call(torch.ops.higher_order.while_loop, *held, (zero,), operands, name=f"{base}_loop")
+        looped = scope.call(torch.ops.higher_order.while_loop, *held, (zero,), operands, name=f"{base}_loop")
+        scope.op("after", scope.get("state"), scope.part(looped, 0, f"{base}_counted"))
 
     def _prefill(self, scope: _Scope, base: str, name: str) -> None:
         def chunk(inner: _Scope) -> None:
@@ -392,7 +394,7 @@ class _Emitter:
         held = [
             scope.graph.get_attr(scope.module(f"{base}_decode_{part}", module))
             for part, module in (
-                ("cond", _predicate(ask, go_on, captured)),
+                ("cond", ask.finish(go_on, captured)),
                 ("body", body.finish(outputs, captured)),
             )
         ]
@@ -407,14 +409,16 @@ class _Emitter:
         column = partial(self._column, scope, ints)
         count = carried.pop("count")
         lanes = self._lanes(scope, carried["active"])
-        place = scope.aten("add.Tensor", self._pick(scope, column("length"), lanes), count, name="place")
-        threads = self._pick(scope, column("thread"), lanes)
+        length = self._pick(scope, column("length"), lanes, name="length")
+        place = scope.aten("add.Tensor", length, count, name="place")
+        threads = self._pick(scope, column("thread"), lanes, name="threads")
         ones = scope.aten("full_like", place, 1)
         blocks = scope.aten("stack", [threads, place, ones], 1, name="blocks")
-        tokens = scope.aten("index.Tensor", carried["tokens"], [lanes, count], name="token_ids")
+        latest = scope.aten("index_select", carried["tokens"], 1, scope.aten("unsqueeze", count, 0), name="latest")
+        tokens = self._pick(scope, scope.aten("squeeze.dim", latest, 1), lanes, name="token_ids")
         wanted = scope.aten("arange", scope.aten("sym_size.int", lanes, 0), name="wanted")
         logits = self._step(scope, blocks, tokens, wanted)
-        scope.op("keep", scope.get("logits"), self._pick(scope, column("row"), lanes), logits)
+        scope.op("keep", scope.get("logits"), self._pick(scope, column("row"), lanes, name="row"), logits)
         count = scope.aten("add.Scalar", count, 1, name="next_count")
         return [count, *self._drawn(scope, draw, base, count, column("row"), carried)]
 
@@ -437,13 +441,15 @@ class _Emitter:
         ints, floats = scope.get(f"{base}_ints"), scope.get(f"{base}_floats")
 
         def own(column: str, name: str = "") -> fx.Node:
-            return self._pick(scope, self._column(scope, ints, column), lanes, name=name)
+            return self._pick(scope, self._column(scope, ints, column), lanes, name=name or column)
 
         def option(place: int, name: str) -> fx.Node:
             return self._pick(scope, scope.aten("select.int", floats, 1, place), lanes, name=name)
 
         left = scope.aten("sub.Tensor", own("left"), count, name="left")
-        logits = scope.aten("index_select", scope.get("logits"), 0, self._pick(scope, rows, lanes), name="row_logits")
+        logits = scope.aten(
+            "index_select", scope.get("logits"), 0, self._pick(scope, rows, lanes, name="row"), name="row_logits"
+        )
         mask = None
         if tables.typed is not None:
             for part in ("next_state", "distance", "accepting", "final"):
@@ -466,7 +472,8 @@ class _Emitter:
         token, logprob = scope.part(drawn, 0, "token"), scope.part(drawn, 1, "logprob")
         if options.forced:
             scope.op("keep", scope.get("trace"), scope.aten("add.Tensor", own("trace"), count), logits)
-            script = scope.aten("index.Tensor", scope.get(f"{base}_forced"), [lanes, count], name="script")
+            script = scope.aten("index_select", scope.get(f"{base}_forced"), 1, scope.aten("unsqueeze", count, 0))
+            script = self._pick(scope, scope.aten("squeeze.dim", script, 1), lanes, name="script")
             token = scope.aten("where.self", scope.aten("ge.Scalar", script, 0), script, token, name="taken")
         able = scope.aten("ge.Scalar", token, 0, name="able")
         safe = scope.aten("clamp", token, 0, name="safe")
@@ -487,11 +494,12 @@ class _Emitter:
             hit = scope.aten("index_select", scope.get(f"{base}_stopped"), 0, moved, name="stopped")
             ended = scope.aten("logical_or", ended, hit)
             stop_state = scope.aten("index_put", stop_state, [lanes], moved, name="next_stop_state")
+        column = scope.aten("add.Tensor", scope.aten("zeros_like", lanes), count, name="column")
         goes_on = scope.aten("logical_and", able, scope.aten("logical_not", ended), name="goes_on")
         outputs = [
             scope.aten("index_put", active, [lanes], goes_on, name="next_active"),
-            scope.aten("index_put", tokens, [lanes, count], token, name="next_tokens"),
-            scope.aten("index_put", logprobs, [lanes, count], logprob, name="next_logprobs"),
+            scope.aten("index_put", tokens, [lanes, column], token, name="next_tokens"),
+            scope.aten("index_put", logprobs, [lanes, column], logprob, name="next_logprobs"),
             scope.aten("clone", type_state) if type_state.op == "placeholder" else type_state,
             scope.aten("clone", stop_state) if stop_state.op == "placeholder" else stop_state,
             self._marked(scope, seen, lanes, safe) if penal else scope.aten("clone", seen),
@@ -534,7 +542,7 @@ class _Emitter:
         """Threads that hold a row of logits at once, and one more for each that may join."""
         at_once = {self._main: 1}
         rows = 2
-        for name, named in self._names.nodes.items():
+        for named in self._names.nodes.values():
             outer = at_once[named.region]
             for place, region in enumerate(named.inside):
                 match named.node:
@@ -565,12 +573,3 @@ class _Emitter:
         code = source.text.splitlines()[line - 1].strip() if source.text else name
         plan = self._names.regions[self._names.nodes[name].region].plan
         return f'  File "{self._options.source_name}", line {line}, in {plan}\n    {code}\n'
-
-
-def _predicate(scope: _Scope, answer: fx.Node, captured: Sequence[str]) -> fx.GraphModule:
-    """The condition of a loop, which gives one tensor and not a tuple."""
-    module = scope.finish([answer], captured)
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    output.args = (answer,)
-    module.recompile()
-    return module

@@ -38,8 +38,7 @@ def plan_graph(
 
     lanes: branches of a region that run together; chunk: most rows that are prefilled in one step
     pages, page_size: of the KV pools; None takes as many pages as `pool_bytes` holds
-    deterministic: the bits of `Engine(config=EngineConfig(deterministic=True))`; else steps are as the engine makes them
-        without, and logits agree within rounding
+    deterministic: the bits of an engine that is `deterministic`; else those of one that is not, within rounding
     forced: tokens can be forced, and the graph gives (result, logits)
     Raises PlanError: `not-in-graph` for what needs the host or the compiler while it runs, `not-deterministic` for a
     wall-clock deadline, or where this machine's calls do not keep a row's bits.

@@ -263,6 +263,15 @@ def admit(state: Tensor, region: str, lanes: int) -> None:
 admit.register_fake(lambda state, region, lanes: None)
 
 
+@state_op("after")
+def after(state: Tensor, done: Tensor) -> None:
+    """What gave `done` is over. A loop whose body only writes to what it is given has no other reader, and torch drops
+    what nobody reads."""
+
+
+after.register_fake(lambda state, done: None)
+
+
 # Feeding.
 
 
