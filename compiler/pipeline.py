@@ -15,8 +15,9 @@ from anabranch.compiler.sizes import ByteSizes, Sizes, measure
 from anabranch.compiler.verify_graph import verify_graph
 from anabranch.dsl.ast import Expr, Program, Str
 from anabranch.dsl.check import Target, check
-from anabranch.dsl.diagnostics import Diagnostic, PlanError, Span
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, Source, Span
 from anabranch.dsl.options import show_type
+from anabranch.dsl.parse import parse
 from anabranch.dsl.spec import ChoiceType, GenType, JsonType, TextType
 from anabranch.dsl.types import ANY, bounded_texts, input_mismatch, of_bound, show
 
@@ -226,6 +227,23 @@ def compile_plan(
     for run in PASSES:
         graph = verify_graph(run(graph), stage=run.__name__)
     return Compiled(program, graph, checked.warnings, checked.skipped, _reads_logprobs(graph))
+
+
+def compile(
+    plan: Program | Source | str,
+    name: str | None = None,
+    *,
+    functions: Collection[str] = (),
+    target: Target | None = None,
+    start_token: bool | None = None,
+) -> Compiled:
+    """Compile a plan's text, a file that was read, or a program: `compile(text).to_fx(model)`.
+
+    Arguments and errors are those of `compile_plan`.
+    """
+    if not isinstance(plan, Program):
+        plan = parse(Source("<plan>", plan) if isinstance(plan, str) else plan)
+    return compile_plan(plan, name, functions=functions, target=target, start_token=start_token)
 
 
 def _reads_logprobs(graph: Graph) -> bool:

@@ -193,7 +193,8 @@ class PlanRun:
         self.traced: list[tuple[Path, int, int, int]] = []
         self._num_traced = 0
         self.run = Run(
-            self._engine, compiled, bounds, dict(inputs), input_index=input_index, seed=seed, functions={}, listener=None
+            self._engine, compiled, bounds, dict(inputs), input_index=input_index, seed=seed, functions={},
+            listener=None,
         )  # fmt: skip
         self.run.deterministic = True
         plan = compiled.graph.plans[compiled.graph.main]
