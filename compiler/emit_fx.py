@@ -343,7 +343,7 @@ class _Emitter:
         scope.op("scored", state, name, before, scope.get("logits"), logits)
 
     def _branches(self, scope: _Scope, name: str, node: Fork | Map | Call | Reduce, base: str) -> None:
-        stitches = isinstance(node, Fork | Map) and node.join.context == "stitch"
+        stitches = self._stitches(node)
         for region in self._names.nodes[name].inside:
             branch = self._base(region)
 
@@ -539,7 +539,8 @@ class _Emitter:
     # Sizes and names.
 
     def _logit_rows(self) -> int:
-        """Threads that hold a row of logits at once, and one more for each that may join."""
+        """Threads that hold a row of logits at once, one more for each that may join, and those that ended in a stitch
+        of their own, for their parent may go on from there."""
         at_once = {self._main: 1}
         rows = 2
         for named in self._names.nodes.values():
@@ -559,7 +560,24 @@ class _Emitter:
                         continue
                 at_once[region] = max(1, min(self._options.lanes, outer * width))
                 rows += 2 * at_once[region]
+                if self._stitches(named.node) and self._holds_stitch(region):
+                    rows += outer * width
         return rows
+
+    def _stitches(self, node: Node) -> bool:
+        return isinstance(node, Fork | Map) and node.join.context == "stitch"
+
+    def _holds_stitch(self, region: str) -> bool:
+        """Whether a thread of the region may stitch."""
+        waiting = [region]
+        while waiting:
+            for name in self._names.regions[waiting.pop()].nodes:
+                named = self._names.nodes[name]
+                if self._stitches(named.node):
+                    return True
+                if isinstance(named.node, Cond | Loop):
+                    waiting.extend(named.inside)
+        return False
 
     def _base(self, name: str) -> str:
         """A name that nodes of the graph may have."""

@@ -104,6 +104,7 @@ class _Thread(Task):
 
     row: of that table, its own; group: the region that it began in; region_name: the one that it is in
     node_name, resumed: the statement that it is in the middle of, and what it asked for: draw, score, spawned
+    lent: rows that hold logits of its branches, until their join is read
     loops: those that it is in, outermost first: (the rounds around it, which round)
     """
 
@@ -118,6 +119,7 @@ class _Thread(Task):
     spawned: ForkState | None = None
     returned: Value = None
     loops: list[tuple[tuple[str, ...], int]]
+    lent: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,6 @@ class PlanRun:
         self._fed: list[_Feed] = []
         self._waiting: dict[str, list[_Thread]] = {name: [] for name in names.nodes}
         self._rows = list(range(logit_rows))[::-1]
-        self._borrowed: dict[int, int] = {}
         self._contexts: dict[int, Context] = {}
         self._num_threads = 0
         self._device: Device | None = None
@@ -638,7 +639,7 @@ class PlanRun:
                     # Of several winners nobody reads the logits.
                     into = self._take_row() if len(contexts) == 1 else -1
                     if into >= 0:
-                        self._borrowed[thread.number] = into
+                        thread.lent.append(into)
                     feeds.append(_Feed(thread, deque(contexts), into, flush=True))
                 case Draw():
                     thread.draw = request
@@ -733,10 +734,13 @@ class PlanRun:
                 # The parent may go on from the last token: its logits come with the flush, and none are kept till then.
                 thread._feed_last_again()
         ended = thread.leave(status, value, reason)
-        if keeps:
-            self._free_rows(thread)
-        else:
+        if not keeps:
             self._let_go(thread)
+        elif not thread.context.unfed and thread.context.logits is not None and fork is not None:
+            # A stitch of its own ended it: there is no last token of its own to feed again, and its logits stay.
+            cast(_Thread, fork.parent).lent.append(thread.row)
+        else:
+            self._free_rows(thread)
         if fork is not None:
             if keeps or (status == "ok" and fork.join.spec.context == "text"):
                 fork.finished[thread.index] = thread
@@ -750,25 +754,22 @@ class PlanRun:
     def _seat(self, thread: _Thread, group: str) -> None:
         """A new thread stands at the beginning of its region."""
         thread.group = group
-        thread.loops = []
+        thread.loops, thread.lent = [], []
         thread.row = self._take_row()
         self._contexts[thread.number] = thread.context
         self._enter(thread, group)
 
     def _keep_logits(self, thread: _Thread) -> None:
         """A fork is over: if its winner's logits are the thread's own now, so is the row that they stand in."""
-        into = self._borrowed.pop(thread.number, None)
-        if into is None:
-            return
-        if thread.context.logits is not None and int(thread.context.logits) == into:
-            into, thread.row = thread.row, into
-        self._rows.append(into)
+        for row in thread.lent:
+            if thread.context.logits is not None and int(thread.context.logits) == row:
+                row, thread.row = thread.row, row
+            self._rows.append(row)
+        thread.lent.clear()
 
     def _free_rows(self, thread: _Thread) -> None:
-        self._rows.append(thread.row)
-        into = self._borrowed.pop(thread.number, None)
-        if into is not None:
-            self._rows.append(into)
+        self._rows += [thread.row, *thread.lent]
+        thread.lent.clear()
 
     def _take_row(self) -> int:
         if not self._rows:
