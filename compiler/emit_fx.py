@@ -166,6 +166,13 @@ class _Scope:
         setattr(self.root, free, module)
         return free
 
+    def hold(self, name: str, module: nn.Module) -> fx.Node:
+        """A submodule as an operand."""
+        node = self.graph.get_attr(self.module(name, module))
+        if self.trace is not None:
+            node.meta["stack_trace"] = self.trace
+        return node
+
     def finish(self, outputs: fx.Node | Sequence[fx.Node], captured: Sequence[str]) -> fx.GraphModule:
         """The body as a module, which takes what is carried and then `captured`, in that order."""
         nodes = [self.get(name) for name in captured]
@@ -208,7 +215,7 @@ class _Emitter:
         told = json.dumps({"source": program.source.text, "name": self._compiled.graph.main})
         scope.buffer("plan", torch.frombuffer(bytearray(told.encode("utf-8", "surrogatepass")), dtype=torch.uint8))
         scope.buffer("end_tokens", torch.tensor(options.end_tokens, dtype=torch.int64, device=options.device))
-        rows = self._logit_rows()
+        rows, traced = self._sizes()
         scope.own["state"] = scope.op(
             "begin", scope.get("plan"), inputs, options.model, options.deterministic, options.pages,
             options.page_size, rows, name="state",
@@ -219,7 +226,7 @@ class _Emitter:
             ("k_pool", options.pool_shape, dtype),
             ("v_pool", options.pool_shape, dtype),
             ("logits", (rows, options.num_logits), logits),
-            *((("trace", (max(1, options.most_drawn), options.num_logits), logits),) if options.forced else ()),
+            *((("trace", (traced, options.num_logits), logits),) if options.forced else ()),
         ):
             scope.own[name] = scope.op("allocate", list(shape), kind, device, name=name)
         self._region(scope, self._main)
@@ -288,7 +295,7 @@ class _Emitter:
             modules = [inner.finish(done, captured)]
             modules.append(skipped.finish([skipped.aten("full", [], False, dtype=torch.bool)], captured))
             held = [
-                scope.graph.get_attr(scope.module(f"{base}_{arm}{part}", module))
+                scope.hold(f"{base}_{arm}{part}", module)
                 for part, module in zip(("", "_skipped"), modules, strict=True)
             ]
             operands = tuple(scope.get(captured_name) for captured_name in captured)
@@ -304,10 +311,7 @@ class _Emitter:
         rounds = inner.aten("add.Scalar", inner.carried[0], 1, name="next_round")
         captured = list(dict.fromkeys((*ask.captured, *inner.captured)))
         ask_module, body_module = ask.finish(go_on, captured), inner.finish([rounds], captured)
-        held = [
-            scope.graph.get_attr(scope.module(f"{base}_{part}", module))
-            for part, module in (("cond", ask_module), ("body", body_module))
-        ]
+        held = [scope.hold(f"{base}_{part}", module) for part, module in (("cond", ask_module), ("body", body_module))]
         zero = scope.aten("full", [], 0, dtype=torch.int64, name=f"{base}_rounds")
         operands = tuple(scope.get(captured_name) for captured_name in captured)
         looped = scope.call(torch.ops.higher_order.while_loop, *held, (zero,), operands, name=f"{base}_loop")
@@ -392,7 +396,7 @@ class _Emitter:
         outputs = self._next_token(body, draw, base, dict(zip(names, body.carried, strict=True)))
         captured = list(dict.fromkeys((*ask.captured, *body.captured)))
         held = [
-            scope.graph.get_attr(scope.module(f"{base}_decode_{part}", module))
+            scope.hold(f"{base}_decode_{part}", module)
             for part, module in (
                 ("cond", ask.finish(go_on, captured)),
                 ("body", body.finish(outputs, captured)),
@@ -402,6 +406,8 @@ class _Emitter:
         drawn = scope.call(torch.ops.higher_order.while_loop, *held, (count, *first), operands, name=f"{base}_decode")
         tokens, logprobs = scope.part(drawn, 2, f"{base}_drawn"), scope.part(drawn, 3, f"{base}_scores")
         scope.op("close_lanes", scope.get("state"), name, tokens, logprobs, name=f"{base}_value")
+        if options.forced:
+            scope.op("pack_trace", scope.get("state"), scope.get("trace"))
 
     def _next_token(self, scope: _Scope, draw: _Draw, base: str, carried: dict[str, fx.Node]) -> list[fx.Node]:
         """One round: feed the lanes that go on, and draw their next tokens."""
@@ -429,6 +435,8 @@ class _Emitter:
         target = scope.module(f"{base}_draw", draw.module)
         args = (count, rows, *carried.values(), *(scope.get(name) for name in draw.captured))
         called = scope.graph.create_node("call_module", target, args, {}, name=f"{base}_next")
+        if scope.trace is not None:
+            called.meta["stack_trace"] = scope.trace
         return [scope.part(called, place, part) for place, part in enumerate(carried)]
 
     def _draw(self, outer: _Scope, node: Decode, base: str, tables: Tables) -> _Draw:
@@ -538,9 +546,11 @@ class _Emitter:
 
     # Sizes and names.
 
-    def _logit_rows(self) -> int:
-        """Threads that hold a row of logits at once, one more for each that may join, and those that ended in a stitch
-        of their own, for their parent may go on from there."""
+    def _sizes(self) -> tuple[int, int]:
+        """Rows of logits: threads that hold one at once, one more for each that may join, and those that ended in a
+        stitch of their own, for their parent may go on from there. Rows of the trace: what a run may draw, and what the
+        lanes of one gen might.
+        """
         at_once = {self._main: 1}
         rows = 2
         for named in self._names.nodes.values():
@@ -562,7 +572,12 @@ class _Emitter:
                 rows += 2 * at_once[region]
                 if self._stitches(named.node) and self._holds_stitch(region):
                     rows += outer * width
-        return rows
+        lanes = [
+            at_once[named.region] * named.node.spec.max_tokens
+            for named in self._names.nodes.values()
+            if isinstance(named.node, Decode)
+        ]
+        return rows, self._options.most_drawn + max(lanes, default=0) + 1
 
     def _stitches(self, node: Node) -> bool:
         return isinstance(node, Fork | Map) and node.join.context == "stitch"

@@ -365,6 +365,15 @@ def close_lanes(state: Tensor, node: str, tokens: Tensor, logprobs: Tensor) -> N
 close_lanes.register_fake(lambda state, node, tokens, logprobs: None)
 
 
+@state_op("pack_trace", writes=("state", "trace"))
+def pack_trace(state: Tensor, trace: Tensor) -> None:
+    """The rows of logits that the last lanes were drawn from are put side by side."""
+    _run(state).pack_trace(trace)
+
+
+pack_trace.register_fake(lambda state, trace: None)
+
+
 @torch.library.custom_op("anabranch::draw", mutates_args=())
 def draw(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor, index: Tensor,

@@ -193,6 +193,7 @@ class PlanRun:
         self._device: Device | None = None
         self.traced: list[tuple[Path, int, int, int]] = []
         self._num_traced = 0
+        self._num_packed = 0
         self.run = Run(
             self._engine, compiled, bounds, dict(inputs), input_index=input_index, seed=seed, functions={},
             listener=None,
@@ -377,6 +378,9 @@ class PlanRun:
             context = self._contexts[number]
             if context.segment is None:
                 raise RuntimeError(f"thread {number} has no open segment")
+            # What a lane drew is the segment's when the gen closes; that it was drawn may decide how it is fed.
+            ahead = first + count - len(context.segment.sampled)
+            context.segment.sampled.extend(b"\1" * max(0, ahead))
             found.append(Block(context.view, context.segment, first, count, number, context.forks))
         return found
 
@@ -496,6 +500,8 @@ class PlanRun:
             request, context = thread.draw, thread.context
             assert request is not None and context.logits is not None
             generation, begun = request.generation, int(context.logits)
+            assert context.segment is not None
+            del context.segment.sampled[context.segment.length :]
             fed = 0
             for token, log in zip(drawn, logs, strict=True):
                 if context.unfed:
@@ -514,6 +520,16 @@ class PlanRun:
             context.logits = torch.tensor(thread.row if fed else begun)
             thread.draw = None
             self._resume(thread, None)
+
+    def pack_trace(self, trace: Tensor) -> None:
+        """The rows of the trace that the last lanes wrote are put side by side. trace: [num_rows, num_logits]"""
+        packed = self._num_packed
+        fresh = self.traced[packed:]
+        trace[packed : len(self.traced)] = trace[[row for *_, row in fresh]]
+        self.traced[packed:] = [
+            (path, index, token, packed + place) for place, (path, index, token, _) in enumerate(fresh)
+        ]
+        self._num_packed = self._num_traced = len(self.traced)
 
     # Forks.
 
