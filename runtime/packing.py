@@ -299,8 +299,6 @@ class Packer:
             builder, fit = found
         builder.add(example, fit)
         self.num_shared += fit.num_shared
-        if builder.num_tokens == self.length:
-            closed.append(self._close(builder))
         return closed
 
     def finish(self) -> Iterator[PackedRow]:
