@@ -132,7 +132,7 @@ def example_of(
             f"{model.fingerprint}",
             "traces of different models are packed apart; `--model` says where that of the traces is now",
         )
-    layout = _laid_out(trace, model)
+    layout = layout_of(trace, model)
     wanted = frozenset(kinds)
     unlearnt = _not_ok(trace.entries) if statuses == "ok" else frozenset()
     if () in unlearnt:
@@ -152,7 +152,8 @@ def example_of(
     return _cut_down(layout, found)
 
 
-def _laid_out(trace: Trace, model: LoadedText | LoadedModel) -> Layout:
+def layout_of(trace: Trace, model: LoadedText | LoadedModel) -> Layout:
+    """Every token of a run, as the reference lays them out. Raises PlanError `bad-trace` where it can't."""
     try:
         return lay_out(
             _program(trace.header.source, trace.header.text),

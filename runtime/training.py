@@ -61,19 +61,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Raises IndexError; PlanError: no-such-file, bad-pack."""
-        row = self.row(index)
-        lengths = [*row.starts[1:].tolist(), row.num_tokens]
-        segments = torch.repeat_interleave(
-            torch.arange(len(row.starts)), torch.tensor(lengths) - torch.from_numpy(row.starts).long()
-        )
-        return {
-            "input_ids": self._padded(torch.from_numpy(row.ids).long(), 0),
-            "position_ids": self._padded(torch.from_numpy(row.positions).long(), 0),
-            "labels": self._padded(torch.from_numpy(row.labels).long(), IGNORED),
-            "weights": self._padded(torch.from_numpy(row.weights).float(), 0),
-            "segment_ids": self._padded(segments, -1),
-            "spans": torch.from_numpy(row.spans).long(),
-        }
+        return tensors_of(self.row(index), self.length)
 
     def row(self, index: int) -> PackedRow:
         """A row as it is on disk, without padding. Raises as `__getitem__`."""
@@ -85,12 +73,27 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             self._readers[shard] = ShardReader(self.folder, self.manifest.shards[shard])
         return self._readers[shard].row(index - (self._ends[shard - 1] if shard else 0))
 
-    def _padded(self, values: Tensor, padding: int) -> Tensor:
-        return torch.nn.functional.pad(values, (0, self.length - len(values)), value=padding)
-
     def __getstate__(self) -> dict[str, Any]:
         # A mapping is of one process.
         return {**self.__dict__, "_readers": {}}
+
+
+def tensors_of(row: PackedRow, length: int) -> dict[str, Tensor]:
+    """A row as an item of `PackedDataset`, padded to `length` tokens, which are at least its own."""
+
+    def padded(values: Tensor, padding: int) -> Tensor:
+        return torch.nn.functional.pad(values, (0, length - len(values)), value=padding)
+
+    starts = torch.from_numpy(row.starts).long()
+    sizes = torch.diff(starts, append=torch.tensor([row.num_tokens]))
+    return {
+        "input_ids": padded(torch.from_numpy(row.ids).long(), 0),
+        "position_ids": padded(torch.from_numpy(row.positions).long(), 0),
+        "labels": padded(torch.from_numpy(row.labels).long(), IGNORED),
+        "weights": padded(torch.from_numpy(row.weights).float(), 0),
+        "segment_ids": padded(torch.repeat_interleave(torch.arange(len(starts)), sizes), -1),
+        "spans": torch.from_numpy(row.spans).long(),
+    }
 
 
 def collate(rows: Sequence[Batch]) -> dict[str, Tensor]:
@@ -157,9 +160,8 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
 
     logits: [batch, length, vocab], of each token, not moved by one: a row's labels are of its own tokens
     """
-    each = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    each = torch.nn.functional.cross_entropy(wide, batch["labels"].flatten(), ignore_index=IGNORED, reduction="none")
     weights = batch["weights"].flatten()
     return (each * weights).sum() / weights.sum()
 
@@ -168,12 +170,12 @@ def _seen(batch: Batch) -> Tensor:
     """[batch, 1 + num_segments, length], bool: what the spans of a segment hold; none for the padding, first."""
     segments, spans = batch["segment_ids"], batch["spans"]
     num_rows, length = segments.shape
-    edges = torch.zeros(num_rows, int(segments.max()) + 2, length + 1, dtype=torch.int32, device=segments.device)
+    edges = torch.zeros(num_rows, int(segments.max()) + 2, length + 1, dtype=torch.int8, device=segments.device)
     row = torch.arange(num_rows, device=segments.device)[:, None].expand_as(spans[:, :, 0])
-    one = torch.ones_like(row, dtype=torch.int32)
+    one = torch.ones_like(row, dtype=torch.int8)
     edges.index_put_((row, spans[:, :, 0] + 1, spans[:, :, 1]), one, accumulate=True)
     edges.index_put_((row, spans[:, :, 0] + 1, spans[:, :, 2]), -one, accumulate=True)
-    return edges.cumsum(dim=2)[:, :, :length] > 0
+    return edges.cumsum(dim=2, dtype=torch.int8)[:, :, :length] > 0
 
 
 def _each_span(wanted: Tensor, spans: Tensor) -> list[list[int]]:
@@ -196,5 +198,6 @@ __all__ = [
     "read_manifest",
     "read_traces",
     "shifts",
+    "tensors_of",
     "visibility",
 ]

@@ -1,13 +1,9 @@
-"""The training export: what a row holds is what the engine did and the reference says, and its files are whole."""
+"""The training export: what a row holds is what the engine did and the reference says."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,199 +16,34 @@ from hypothesis import strategies as st
 from law_runs import COMMON, TOLERANCE, engines, model, weights
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
-from torch.utils.data import DataLoader
+from training_runs import (
+    SHARED,
+    STOPS,
+    build,
+    engine_views,
+    forward,
+    hold_example,
+    reference_views,
+    traced,
+)
 
-import anabranch
-from anabranch.compiler import recording as rec
-from anabranch.compiler.verify_recording import verify_recording
 from anabranch.dsl.diagnostics import PlanError
-from anabranch.dsl.parse import parse_text
-from anabranch.runtime import pack_files
-from anabranch.runtime.dense import dense_forward
-from anabranch.runtime.engine import Engine, EngineConfig, RunResult
+from anabranch.runtime.engine import EngineConfig
 from anabranch.runtime.events import GenEnded
-from anabranch.runtime.journal import Header, Journal
-from anabranch.runtime.layout import Layout
 from anabranch.runtime.packing import IGNORED, PackedRow, Packer, RowBuilder
-from anabranch.runtime.recorder import Recorder
 from anabranch.runtime.reference import dense_logits
-from anabranch.runtime.replay import LogEntry, Replay
-from anabranch.runtime.traces import Example, Kind, _laid_out, example_of
+from anabranch.runtime.traces import Example, Kind, example_of, layout_of
 from anabranch.runtime.training import (
     PackedDataset,
-    Trace,
     block_mask,
     collate,
     loss,
     pack,
-    read_traces,
     shifts,
+    tensors_of,
     visibility,
 )
 from anabranch.testing import Plan, plans
-
-ROOMY = EngineConfig(lanes=8, pages=512, page_size=4, chunk=16, prefix_cache=False, trace_logits=True)
-
-Place = tuple[tuple[str, ...], int]
-"""A token of a run, by the thread that wrote it and its position. A thread writes one twice only after a trim."""
-
-Views = Mapping[Place, set[frozenset[tuple[Place, int]]]]
-"""What the tokens that stood at a place saw: (place, shift) of each key."""
-
-
-def header(text: str, **changed: Any) -> Header:
-    """Of a run of `text` on the random model."""
-    fields: dict[str, Any] = {
-        "anabranch": anabranch.__version__, "source": "a.plan", "text": text, "plan": parse_text(text).plans[-1].name,
-        "inputs": ({},), "many": False, "seed": 1, "deterministic": False, "lanes": 4, "pages": 512,
-        "page_size": 4, "chunk": 64, "model": "random", "fingerprint": model().fingerprint, "preempt": "swap",
-        "threads": 1, "dtype": "float64", "device": None, "template": None, "functions": None,
-    }  # fmt: skip
-    return Header(**{**fields, **changed})
-
-
-def traced(
-    plan: Plan, config: EngineConfig = ROOMY, seed: int = 1, replayed: Sequence[LogEntry] = ()
-) -> tuple[RunResult, Trace, rec.Recording]:
-    """Run a plan on an engine whose pool holds the least that it needs, and `config.pages` more."""
-    roomy = Engine(model(), replace(config, pages=4096))
-    compiled = roomy.compile(plan.program, functions=tuple(plan.functions))
-    least = compiled.bounds(roomy, plan.inputs).pages_depth_first
-    recorder = None if replayed else Recorder()
-    engine = Engine(model(), replace(config, pages=least + (config.pages or 0)), recorder=recorder)
-    engine.clock = lambda: float(engine.num_steps)
-    log: list[LogEntry] = list(replayed)
-    run = engine.submit(
-        compiled,
-        plan.inputs,
-        seed=seed,
-        functions=plan.functions,
-        log=log.append,
-        replay=Replay(replayed) if replayed else None,
-    )
-    while run.result is None:
-        engine.step()
-    recording = rec.Recording(engine.scheduler.machine, False, (), ()) if recorder is None else recorder.recording()
-    if recorder is not None:
-        verify_recording(recording, compiled=[compiled])
-    head = header(plan.text, inputs=(dict(plan.inputs),), seed=seed)
-    return run.result, Trace(f"run {seed}", head, plan.inputs, tuple(log)), recording
-
-
-def engine_views(recording: rec.Recording) -> Views:
-    """What the engine let each row attend to, from the slots that its kernels were given."""
-    size = recording.machine.page_size
-    path: dict[int, tuple[str, ...]] = {}
-    opened: dict[int, tuple[int, int]] = {}
-    pages: defaultdict[int, list[int]] = defaultdict(list)
-    owner: dict[int, tuple[int, int]] = {}
-    found: defaultdict[Place, set[frozenset[tuple[Place, int]]]] = defaultdict(set)
-
-    def take(segment: int, page: int) -> None:
-        owner[page] = segment, len(pages[segment])
-        pages[segment].append(page)
-
-    def place(slot: int) -> Place:
-        segment, number = owner[slot // size]
-        thread, start = opened[segment]
-        return path[thread], start + number * size + slot % size
-
-    for step in recording.steps:
-        match step:
-            case rec.Begin():
-                path[step.thread] = step.path
-            case rec.Open():
-                opened[step.segment] = step.thread, step.start
-            case rec.Page():
-                take(step.segment, step.page)
-            case rec.Shrink():
-                del pages[step.segment][len(pages[step.segment]) - step.count :]
-            case rec.SwapOut():
-                pages[step.segment].clear()
-            case rec.SwapIn():
-                for page in step.pages:
-                    take(step.segment, page)
-            case rec.Call():
-                for block in step.blocks:
-                    for row, reads in enumerate(block.reads):
-                        seen = [(place(first + n), shift) for first, count, shift in reads for n in range(count)]
-                        assert len(seen) == len(set(seen))
-                        found[path[block.thread], block.position + row].add(frozenset(seen))
-            case _:
-                pass
-    return found
-
-
-def reference_views(layout: Layout) -> Views:
-    """What the reference lets each token see."""
-    visible, distance = layout.visibility()
-    places = [(layout.segments[token.segment].path, token.position) for token in layout.tokens]
-    found: defaultdict[Place, set[frozenset[tuple[Place, int]]]] = defaultdict(set)
-    for row, place in enumerate(places):
-        keys = visible[row].nonzero()[:, 0].tolist()
-        found[place].add(frozenset((places[key], int(distance[row, key])) for key in keys))
-    return found
-
-
-def build(examples: Iterable[Example]) -> tuple[PackedRow, list[tuple[tuple[int, ...], ...]], dict[tuple[int, int], int]]:
-    """One row of all examples; the tokens of the row that each is, and where labels stand."""
-    builder = RowBuilder()
-    placed = []
-    for example in examples:
-        fit = builder.fit(example)
-        before = builder.num_tokens
-        placed.append(builder.add(example, fit))
-        assert builder.num_tokens == before + fit.num_new
-    row, where = builder.finish()
-    assert row.num_tokens == builder.num_tokens
-    return row, placed, where
-
-
-def forward(batch: Mapping[str, Tensor]) -> Tensor:
-    """[length, vocab]: the logits of a batch of one row, by the plain decoder in fp64."""
-    return dense_forward(
-        batch["input_ids"][0],
-        batch["position_ids"][0],
-        visibility(batch)[0],
-        shifts(batch)[0],
-        model().decoder.config,
-        weights(),
-    )
-
-
-def hold_example(
-    batch: Mapping[str, Tensor],
-    logits: Tensor,
-    example: Example,
-    placed: Sequence[Sequence[int]],
-    where: Mapping[tuple[int, int], int],
-    result: RunResult,
-    views: Sequence[Views],
-) -> int:
-    """One run in a row: what its tokens see is what `views` say, and drawn labels have the engine's logits."""
-    visible, distance = visibility(batch)[0], shifts(batch)[0]
-    place_of: dict[int, Place] = {}
-    for segment, path, rows in zip(example.segments, example.paths, placed, strict=True):
-        for n, row in enumerate(rows):
-            assert row not in place_of, "two tokens of a run are one"
-            place_of[row] = path, segment.start + n
-            assert int(batch["position_ids"][0, row]) == segment.start + n
-            assert int(batch["input_ids"][0, row]) == segment.ids[n]
-    predicts = {placed[t.segment][t.place] for t in example.targets if t.draw is not None}
-    for row, place in place_of.items():
-        keys = visible[row].nonzero()[:, 0].tolist()
-        # A key of another run has no place, and is an error here.
-        seen = frozenset((place_of[key], int(distance[row, key])) for key in keys)
-        for known in views:
-            assert seen in known[place] if row in predicts else not known.get(place) or seen in known[place]
-    rows = {(row.path, row.index): row for row in result.logits}
-    for target in example.targets:
-        at = where[placed[target.segment][target.place], target.token]
-        assert int(batch["labels"][0, at]) == target.token
-        if target.draw is not None:
-            assert rows[target.draw].token == target.token
-            assert float((logits[at] - rows[target.draw].logits).abs().max()) <= TOLERANCE
-    return len(example.targets)
 
 
 def test_a_row_is_what_the_engine_did_and_the_reference_says(tmp_path: Path) -> None:
@@ -220,7 +51,9 @@ def test_a_row_is_what_the_engine_did_and_the_reference_says(tmp_path: Path) -> 
     held: Counter[str] = Counter()
 
     @settings(COMMON, max_examples=160)
-    @given(plans(fuel=40), plans(fuel=15, max_depth=1), engines(), st.sampled_from(["ok", "ok", "all"]), st.integers(0, 99))
+    @given(
+        plans(fuel=40), plans(fuel=15, max_depth=1), engines(), st.sampled_from(["ok", "ok", "all"]), st.integers(0, 99)
+    )
     def law(plan: Plan, other: Plan, config: EngineConfig, statuses: Any, seed: int) -> None:
         config = replace(config, prefix_cache=False, deterministic=False)
         runs = [traced(plan, config, seed), traced(plan, config, seed + 1), traced(other, config, seed)]
@@ -257,7 +90,7 @@ def test_a_row_is_what_the_engine_did_and_the_reference_says(tmp_path: Path) -> 
         for (result, trace, recording), example in zip(runs, examples, strict=True):
             if not example.targets:
                 continue
-            layout = _laid_out(trace, model())
+            layout = layout_of(trace, model())
             views = [engine_views(recording), reference_views(layout)]
             tokens = placed.pop(0)
             held["labels"] += hold_example(batch, logits, example, tokens, where, result, views)
@@ -278,3 +111,199 @@ def test_a_row_is_what_the_engine_did_and_the_reference_says(tmp_path: Path) -> 
     assert held["forced"] >= 5, held
     assert held["labels"] >= 10 * held["plans"], held
     assert held["shared"] >= held["plans"], held
+
+
+# --- what is trained
+
+
+def labels_of(example: Example) -> dict[Kind, list[int]]:
+    found: dict[Kind, list[int]] = {"drawn": [], "trimmed": [], "recorded": [], "scored": []}
+    for target in example.targets:
+        found[target.kind].append(target.token)
+    return found
+
+
+def test_what_a_model_wrote_is_labelled_by_its_kind() -> None:
+    """Drawn, trimmed, recorded and scored tokens are each what the events hold, and each can be left out."""
+    _, trace, _ = traced(Plan.parse(STOPS, {"q": "why?"}), seed=30)
+    gens = {e.event.site: e for e in trace.entries if isinstance(e.event, GenEnded) and len(e.event.path) == 0}
+    a = gens["a"].event
+    assert isinstance(a, GenEnded)
+    assert a.end == "stop" and a.drawn > len(a.ids) + 1
+    example = example_of(trace, model())
+    found = labels_of(example)
+    encode = model().tokenizer.encode
+    assert found["recorded"] == encode([("past it", False)])
+    assert found["scored"] == encode([(gens["c"].event.text, False)])  # type: ignore[union-attr]
+    assert tuple(found["trimmed"][: a.drawn - len(a.ids)]) == gens["a"].drawn_ids[len(a.ids) :]
+    assert tuple(found["drawn"][: len(a.ids)]) == a.ids
+    for kind in ("drawn", "trimmed", "recorded", "scored"):
+        others: list[Kind] = [each for each in found if each != kind]
+        left = labels_of(example_of(trace, model(), kinds=others))
+        assert left == {**found, kind: []}
+
+
+def test_only_branches_that_ended_ok_are_trained_unless_all_are_asked_for() -> None:
+    """A branch that failed or was cancelled, and what stands in it, is neither in the row nor labelled by default."""
+    result, trace, _ = traced(Plan.parse(STOPS, {"q": "why?"}), seed=3)
+    status = {tuple(branch.path.split("/")): branch.status for branch in result.branches}
+    assert Counter(status.values()) == {"failed": 2, "ok": 1, "cancelled": 1}
+    ok, everything = (example_of(trace, model(), statuses=statuses) for statuses in ("ok", "all"))  # type: ignore[arg-type]
+
+    def writers(example: Example) -> set[str]:
+        return {status[t.draw[0]] for t in example.targets if t.draw is not None and t.draw[0]}
+
+    assert writers(ok) == {"ok"}
+    assert writers(everything) >= {"ok", "failed"}
+    assert not {path for path in ok.paths if path and status[path] != "ok"}
+    drawn = sum(e.event.drawn for e in trace.entries if isinstance(e.event, GenEnded))
+    assert sum(t.draw is not None for t in everything.targets) == drawn
+
+
+def test_a_run_that_failed_is_trained_only_when_all_are_asked_for() -> None:
+    """All that a failed run wrote stands in a thread that failed: its own."""
+    _, trace, _ = traced(
+        Plan.parse('p = plan() { a = fork(2) { g = gen("k", max=3); } join(all, stitch); need(1 > 2); }')
+    )
+    assert not example_of(trace, model()).targets
+    assert example_of(trace, model(), statuses="all").targets
+
+
+def test_an_end_of_turn_is_predicted_though_it_is_not_in_the_context() -> None:
+    """The token that ends a turn is a label, so a model that is trained learns to end."""
+    ends = 0
+    for seed in range(8):
+        _, trace, _ = traced(Plan.parse('p = plan() { user("hi"); a = gen(max=60); }'), seed=seed)
+        [gen] = [e.event for e in trace.entries if isinstance(e.event, GenEnded)]
+        example = example_of(trace, model())
+        if gen.end == "end_of_turn":
+            ends += 1
+            assert example.targets[-1].token in model().tokenizer.eos_ids
+            assert example.targets[-1].kind == "trimmed"
+    assert ends >= 2
+
+
+# --- sharing
+
+
+def test_sharing_changes_no_loss_and_no_gradient() -> None:
+    """Runs on one prompt in one row: fewer tokens, and the same summed likelihood as each run alone."""
+    examples = [
+        example_of(traced(Plan.parse(SHARED, {"q": "a long question"}), seed=s)[1], model()) for s in (1, 2, 2, 3)
+    ]
+    alone = 0.0
+    for example in examples:
+        row, _, _ = build([example])
+        alone += float(nll(row))
+    row, placed, _ = build(examples)
+    assert float(nll(row)) == pytest.approx(alone, abs=1e-9)
+    assert int(row.weights.sum()) == sum(len(example.targets) for example in examples)
+    assert placed[1] == placed[2]
+    prompt = min(len(example.segments[0].ids) for example in examples)
+    assert prompt > 10
+    assert all(rows[0][:prompt] == placed[0][0][:prompt] for rows in placed)
+    # Three equal prompts of siblings that the parent sees stay three.
+    assert len(set(placed[0])) == len(placed[0])
+
+
+def nll(row: PackedRow) -> Tensor:
+    """The summed negative log-likelihood of a row's labels, as `loss` weighs them."""
+    batch = collate([tensors_of(row, row.num_tokens)])
+    return loss(forward(batch)[None], batch) * batch["weights"].sum()
+
+
+def test_rows_are_filled_first_fit_and_hold_every_run_once() -> None:
+    """No row is longer than it may be, no token is lost, and at most so many rows are open."""
+    examples = [
+        example_of(traced(Plan.parse(SHARED, {"q": f"question {s // 3} " * (1 + s % 3)}), seed=s)[1], model())
+        for s in range(12)
+    ]
+    packer = Packer(160, open_rows=2)
+    rows = [row for example in examples for row in packer.add(example)]
+    assert rows
+    last = list(packer.finish())
+    assert len(last) == 2
+    rows += last
+    assert max(row.num_tokens for row in rows) <= 160
+    assert sum(int(row.weights.sum()) for row in rows) == sum(len(each.targets) for each in examples)
+    tokens = sum(each.num_tokens for each in examples)
+    assert sum(row.num_tokens for row in rows) == tokens - packer.num_shared + packer.num_echoes
+    assert packer.num_shared > 0
+    with pytest.raises(ValueError, match="do not fit a row of 20"):
+        Packer(20).add(examples[0])
+    with pytest.raises(ValueError, match="hold nothing"):
+        Packer(0)
+
+
+def test_prompts_of_any_length_are_shared_as_far_as_they_agree() -> None:
+    """A run whose text goes on where another's ended shares all of it, and one that differs at once nothing."""
+    short, longer, other = (
+        example_of(traced(Plan.parse(f'p = plan() {{ text("{text}"); g = gen(max=3); }}'))[1], model())
+        for text in ("abcdefgh", "abcdefghijkl", "xbcdefgh")
+    )
+    builder = RowBuilder()
+    builder.add(short, builder.fit(short))
+    start = int(model().tokenizer.bos_id is not None)
+    assert builder.fit(longer).num_shared == start + 8
+    assert builder.fit(other).num_shared == start
+
+
+# --- masks
+
+
+NESTED = """
+p = plan() {
+  a = fork(3) { b = fork(2) { g = gen("so ", max=4); } join(all, stitch); h = gen("k", max=4); } join(all, stitch);
+  z = gen("k", max=3);
+}
+"""
+
+
+def batch_of_two() -> dict[str, Tensor]:
+    """Two rows of different runs, the first with forks in forks, both padded."""
+    runs = [traced(Plan.parse(NESTED)), traced(Plan.parse(SHARED, {"q": "hi"}))]
+    return collate([tensors_of(build([example_of(trace, model())])[0], 192) for _, trace, _ in runs])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_block_mask_is_the_visibility() -> None:
+    """FlexAttention's mask lets each token see what the dense mask does, with a window too, and attends the same."""
+    batch = batch_of_two()
+    assert batch["spans"].shape[0] == 2
+    for window in (None, 7):
+        mask, dense = block_mask(batch, window=window, block_size=32), visibility(batch, window=window)
+        full = create_mask(mask.mask_mod, 2, 1, 192, 192, device="cpu")
+        assert torch.equal(full[:, 0], dense)
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 2, 192, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense[:, None])
+        with torch.no_grad():
+            assert float((flex_attention(q, k, v, block_mask=mask) - attended).abs().max()) < 1e-12
+    assert mask.sparsity() > 0
+
+
+def test_the_padding_sees_itself_and_is_seen_by_nobody() -> None:
+    """A token of the padding attends to itself alone, so that no softmax is over nothing."""
+    batch = batch_of_two()
+    seen = visibility(batch)
+    padding = batch["segment_ids"] < 0
+    assert padding.any(dim=1).all()
+    for row in range(2):
+        own = torch.eye(192, dtype=torch.bool)
+        assert torch.equal(seen[row][padding[row]], own[padding[row]])
+        assert torch.equal(seen[row][:, padding[row]], own[:, padding[row]])
+    assert (batch["labels"][padding] == IGNORED).all()
+
+
+def test_a_mask_refuses_shifts() -> None:
+    """A batch with shifts has no block mask: position ids would tell wrong distances."""
+    plan = Plan.parse(
+        'p = plan() { a = fork(2) { g = gen("so ", max=4); } join(all, stitch(sum)); z = gen("k", max=3); }'
+    )
+    example = example_of(traced(plan)[1], model())
+    assert example.has_shifts
+    row, _, _ = build([example])
+    batch = collate([tensors_of(row, row.num_tokens)])
+    assert shifts(batch).any()
+    with pytest.raises(ValueError, match="do not say shifts"):
+        block_mask(batch)
