@@ -1,7 +1,7 @@
 """Runs that are over, as what a model is trained on: the segments it saw, and the tokens it is to predict in them.
 
 example = Example(segment*, target*)
-segment = Example.Segment(view: (segment, shift)*, start, ids)    its tokens see the view, and one another causally
+segment = Segment(view: (segment, shift)*, start, ids)            its tokens see the view, and one another causally
 target  = Target(segment, place, token)                           to be predicted after that token of the segment
 
 A trace is what a journal holds of one run. The reference lays it out from the plan and its events alone, so what is

@@ -279,7 +279,7 @@ def test_a_fallback_takes_the_place_of_a_join_that_is_not_met() -> None:
     assert seen_by(layout, last_token(layout, "!")) == [("^", 2), ("P", 1), ("!", 0)]
 
 
-def test_a_cancelled_branch_islayout_of_as_far_as_it_came() -> None:
+def test_a_cancelled_branch_is_laid_out_as_far_as_it_came() -> None:
     """What a cancelled branch had written stands in the layout, and nothing sees it."""
     layout = run(
         """
