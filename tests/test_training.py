@@ -32,7 +32,7 @@ from anabranch.runtime.engine import EngineConfig
 from anabranch.runtime.events import GenEnded
 from anabranch.runtime.packing import IGNORED, PackedRow, Packer, RowBuilder
 from anabranch.runtime.reference import dense_logits
-from anabranch.runtime.traces import Example, Kind, example_of, layout_of
+from anabranch.runtime.traces import Example, Kind, Segment, Target, example_of, layout_of
 from anabranch.runtime.training import (
     PackedDataset,
     block_mask,
@@ -233,6 +233,19 @@ def test_rows_are_filled_first_fit_and_hold_every_run_once() -> None:
         Packer(20).add(examples[0])
     with pytest.raises(ValueError, match="hold nothing"):
         Packer(0)
+
+
+def test_a_run_goes_to_the_row_that_it_shares_most_with() -> None:
+    """A later row that holds a run's prompt is taken before an earlier one that has room for all of it."""
+
+    def example(*ids: int) -> Example:
+        return Example((Segment((), 0, ids),), (Target(0, len(ids) - 1, 99, "drawn"),))
+
+    packer = Packer(10)
+    for each in (example(1, 2, 3, 4, 5, 6), example(7, 8, 9, 10, 11, 12), example(7, 8, 9, 10), example(1, 2, 3, 5)):
+        assert packer.add(each) == []
+    assert [row.ids.tolist() for row in packer.finish()] == [[1, 2, 3, 4, 5, 6, 5], [7, 8, 9, 10, 11, 12]]
+    assert packer.num_shared == 4 + 3
 
 
 def test_prompts_of_any_length_are_shared_as_far_as_they_agree() -> None:
