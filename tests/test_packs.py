@@ -24,7 +24,7 @@ from anabranch.dsl.diagnostics import PlanError
 from anabranch.runtime import pack_files
 from anabranch.runtime.engine import Engine, RunResult
 from anabranch.runtime.events import GenEnded
-from anabranch.runtime.journal import Journal
+from anabranch.runtime.journal import Journal, read_journal
 from anabranch.runtime.trace_stats import stats_of
 from anabranch.runtime.traces import Trace, example_of
 from anabranch.runtime.training import PackedDataset, collate, pack, read_traces
@@ -162,6 +162,8 @@ def test_runs_are_read_from_a_journal_as_they_end(tmp_path: Path) -> None:
     results = write_journal(path, SHARED, inputs)
     found = list(read_traces([str(path)]))
     assert all(trace.over for trace in found)
+    whole = read_journal(str(path)).entries
+    assert [trace.entries for trace in sorted(found, key=lambda trace: trace.inputs["q"][9])] == list(whole)
     by_input = {trace.inputs["q"]: trace for trace in found}
     for values, result in zip(inputs, results, strict=True):
         trace = by_input[values["q"]]

@@ -160,6 +160,23 @@ def test_only_branches_that_ended_ok_are_trained_unless_all_are_asked_for() -> N
     assert sum(t.draw is not None for t in everything.targets) == drawn
 
 
+def test_a_branch_that_ended_ok_in_one_that_failed_is_not_trained() -> None:
+    """What stands in a failed branch was for nothing, also where it ended ok itself."""
+    plan = """
+    p = plan() {
+      a = fork(2, fallback="") {
+        b = fork(2) { g = gen("k", max=3); } join(all, stitch);
+        need(1 > 2);
+      } join(first(1), drop);
+      z = gen("k", max=3);
+    }
+    """
+    result, trace, _ = traced(Plan.parse(plan))
+    assert Counter(branch.status for branch in result.branches) == {"ok": 4, "failed": 2}
+    assert {target.draw[0] for target in example_of(trace, model()).targets if target.draw} == {()}
+    assert len({target.draw[0] for target in example_of(trace, model(), statuses="all").targets if target.draw}) == 5
+
+
 def test_a_run_that_failed_is_trained_only_when_all_are_asked_for() -> None:
     """All that a failed run wrote stands in a thread that failed: its own."""
     _, trace, _ = traced(
