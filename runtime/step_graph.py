@@ -7,12 +7,13 @@ to in place, and the lists that say who sees what. So it knows no views or plans
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import IO, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -248,12 +249,22 @@ def prefill_inputs(device: Device, blocks: Sequence[Block], token_ids: Sequence[
 
 
 def save(program: ExportedProgram, path: str | Path, *, fingerprint: str) -> None:
-    """Write a program, weights and all, as a `.pt2` file.
+    """Write a program, weights and all, as a `.pt2` file, and see to it that it is on the disk.
 
     fingerprint: of the model, as in `LoadedModel`
+    Raises OSError if it can't be written; the file is then cut off.
     """
     manifest = {"format": FORMAT, "anabranch": __version__, "torch": torch.__version__, "fingerprint": fingerprint}
-    torch.export.save(program, str(path), extra_files={MANIFEST: json.dumps(manifest)})
+    with Path(path).open("wb") as file:
+        out = _Out(file)
+        try:
+            torch.export.save(program, cast(IO[bytes], out), extra_files={MANIFEST: json.dumps(manifest)})
+        except RuntimeError:
+            if out.failed is not None:
+                raise out.failed from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path: str | Path, *, fingerprint: str) -> ExportedProgram:
@@ -294,6 +305,24 @@ def _bad_program(path: Path, reason: str) -> PlanError:
     return PlanError(
         Diagnostic("bad-program", f"cannot use the program `{path}`: {reason}", help="export the model's step again")
     )
+
+
+@dataclass(slots=True)
+class _Out:
+    """A file that keeps why it could not be written: torch's writer tells it in text alone."""
+
+    file: IO[bytes]
+    failed: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 @dataclass(frozen=True, slots=True)
