@@ -38,6 +38,7 @@ from anabranch.runtime.drawing import DrawRow, draw_rows, draw_rows_on_device
 from anabranch.runtime.events import BranchEnded, Event, GenEnded, LogitsRow, Path, RunEnded, Status, TextDelta
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.joins import Ended
+from anabranch.runtime.model import DecoderLike
 from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.pages import Entry, KvStore, PagePool, Segment, View
 from anabranch.runtime.programs import ProgramDecoder, ProgramDevice
@@ -262,19 +263,8 @@ class Engine:
         if self.config.deterministic and decoder.packed:
             decoder.fixed_shapes()
         shape = decoder.config
-        pages = self.config.pages
-        if pages is None:
-            page_bytes = (
-                2
-                * shape.num_layers
-                * shape.num_kv_heads
-                * shape.head_dim
-                * self.config.page_size
-                * decoder.dtype.itemsize
-            )
-            pages = max(64, self.config.pool_bytes // page_bytes)
-        self.machine = Machine(self.config.lanes, pages, self.config.page_size, self.config.chunk)
-        self.pool = PagePool(pages, self.config.page_size)
+        self.machine = machine_of(decoder, self.config)
+        self.pool = PagePool(self.machine.pages, self.config.page_size)
         self.recorder = recorder
         if recorder is not None:
             recorder.attach(self.machine, deterministic=self.config.deterministic)
@@ -1241,6 +1231,15 @@ class Engine:
             context.logits = work.scored[0]
             answer = work.scored[:-1]
         self._resume(task, answer)
+
+
+def machine_of(decoder: DecoderLike, config: EngineConfig) -> Machine:
+    """The machine that an engine of this configuration is."""
+    shape, pages = decoder.config, config.pages
+    if pages is None:
+        slot_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * decoder.dtype.itemsize
+        pages = max(64, config.pool_bytes // (slot_bytes * config.page_size))
+    return Machine(config.lanes, pages, config.page_size, config.chunk)
 
 
 def _thread(task: Task) -> Thread:

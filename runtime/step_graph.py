@@ -6,6 +6,7 @@ to in place, and the lists that say who sees what. So it knows no views or plans
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -255,13 +256,12 @@ def save(program: ExportedProgram, path: str | Path, *, fingerprint: str) -> Non
     Raises OSError if it can't be written; the file is then cut off.
     """
     manifest = {"format": FORMAT, "anabranch": __version__, "torch": torch.__version__, "fingerprint": fingerprint}
-    with Path(path).open("wb") as file:
-        out = _Out(file)
+    with _Out(io.FileIO(path, "w")) as file:
         try:
-            torch.export.save(program, cast(IO[bytes], out), extra_files={MANIFEST: json.dumps(manifest)})
+            torch.export.save(program, file, extra_files={MANIFEST: json.dumps(manifest)})
         except RuntimeError:
-            if out.failed is not None:
-                raise out.failed from None
+            if file.failed is not None:
+                raise file.failed from None
             raise
         file.flush()
         os.fsync(file.fileno())
@@ -307,22 +307,17 @@ def _bad_program(path: Path, reason: str) -> PlanError:
     )
 
 
-@dataclass(slots=True)
-class _Out:
+class _Out(io.BufferedWriter):
     """A file that keeps why it could not be written: torch's writer tells it in text alone."""
 
-    file: IO[bytes]
     failed: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any, /) -> int:
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as error:
             self.failed = error
             raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 @dataclass(frozen=True, slots=True)
