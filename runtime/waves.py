@@ -406,7 +406,9 @@ class Waves:
         lengths = length.to(torch.int32)
         positions = ints[_Int.POSITION].to(torch.int32)
         tokens = ints[_Int.TOKEN].contiguous()
-        logits = device.decode(tokens, positions, slot, self._lists, lengths, device.capacity.parts)
+        # A captured graph holds its sizes for good; the torch definitions fill all that they are given.
+        parts = device.capacity.parts if ints.is_cuda else max(1, self._lists.planned.parts)
+        logits = device.decode(tokens, positions, slot, self._lists, lengths, parts)
         mask: Tensor | None = None
         state = ints[_Int.STATE]
         if typed:
