@@ -18,9 +18,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, cast
 
 import torch
@@ -33,9 +34,10 @@ from anabranch.compiler.pipeline import Compiled, from_graph
 from anabranch.compiler.typed_json import from_table
 from anabranch.compiler.verify_graph import VerifyError
 from anabranch.dsl.diagnostics import Source
+from anabranch.kernels.segment_attention import BLOCK_ROWS
 from anabranch.runtime.chat import RawChat, read_chat
 from anabranch.runtime.config import ModelConfig
-from anabranch.runtime.models import LoadedModel
+from anabranch.runtime.models import LoadedModel, find_device
 from anabranch.runtime.programs import ProgramDecoder
 from anabranch.runtime.step_graph import Kind, load
 from anabranch.runtime.tokenizer import Tokenizer
@@ -47,6 +49,9 @@ PLAN, GRAPH, SCHEDULE = "plan.plan", "graph.json", "schedule.json"
 MODEL, TOKENIZER = "model.json", "tokenizer.json"
 PROGRAMS: Final[Mapping[Kind, str]] = {"decode": "decode.pt2", "prefill": "prefill.pt2"}
 NEEDED: Final = (PLAN, GRAPH, MODEL, TOKENIZER, *PROGRAMS.values())
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+"""Of a file in the folder, from there; it leads nowhere else."""
 
 _MOST_BYTES = 1 << 24
 """Of a manifest: far more than one of every kernel for every target takes."""
@@ -99,7 +104,7 @@ class Manifest:
     kernels_missing: str
     files: Mapping[str, tuple[int, str]]
     anabranch: str = __version__
-    torch: str = torch.__version__
+    torch: str = str(torch.__version__)
     python: str = platform.python_version()
 
     def to_json(self) -> str:
@@ -156,7 +161,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise bad_build(f"`{path}` is damaged ({error})") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise bad_build(f"`{path}` is no manifest of a build")
-    for what, is_now in (("version", VERSION), ("anabranch", __version__), ("torch", torch.__version__)):
+    for what, is_now in (("version", VERSION), ("anabranch", __version__), ("torch", str(torch.__version__))):
         if document.get(what) != is_now:
             name = "the build's format" if what == "version" else what
             raise bad_build(f"it was built with version {document.get(what)} of {name}, and this is {is_now}")
@@ -173,8 +178,7 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
     """Raises KeyError, TypeError or AttributeError for what is no manifest."""
     files: dict[str, tuple[int, str]] = {}
     for name, entry in document["files"].items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name == MANIFEST:
+        if _NAME.fullmatch(name) is None or name == MANIFEST:
             raise TypeError(f"`{name}` is no path in the folder")
         files[name] = _typed(int, entry["bytes"]), _typed(str, entry["sha256"])
     texts = {name: _typed(str, document[name]) for name in ("plan", "source", "model", "fingerprint", "schedule")}
@@ -212,13 +216,14 @@ class Build:
         """The model, whose decoder is the build's programs; they are loaded now, which takes as long as reading them.
 
         raw: without a chat template, also where the build has one
-        Raises PlanError: bad-program, bad-template.
+        Raises PlanError: bad-program, bad-template, and bad-device where it was built for one that is not here.
         """
-        parts, steps = self.parts, _programs(self.folder, self.manifest.fingerprint)
+        parts, device = self.parts, find_device(self.parts.device)
+        steps = _programs(self.folder, self.manifest.fingerprint)
         decoder = ProgramDecoder(
             config=parts.config,
             dtype=getattr(torch, parts.dtype),
-            device=torch.device(parts.device),
+            device=device,
             num_logits=parts.num_logits,
             page_size=parts.page_size,
             block_m=parts.block_m,
@@ -249,6 +254,7 @@ def open_build(folder: Path) -> Build:
     if compiled.graph.main != manifest.plan:
         raise bad_build(f"`{GRAPH}` is of the plan `{compiled.graph.main}`, not `{manifest.plan}`")
     parts = cast(ModelParts, from_table(ModelParts, _json(MODEL, kept[MODEL]), _refuse_model, max_depth=4))
+    _check_parts(parts)
     if parts.fingerprint != manifest.fingerprint:
         raise bad_build(f"`{MODEL}` is of the model {parts.fingerprint}, not {manifest.fingerprint}")
     spec = _json(TOKENIZER, kept[TOKENIZER])
@@ -263,6 +269,28 @@ def open_build(folder: Path) -> Build:
         where=str(folder / TOKENIZER),
     )
     return Build(folder, manifest, compiled, parts, tokenizer)
+
+
+def _check_parts(parts: ModelParts) -> None:
+    """Raise PlanError `bad-build` for a shape that no decoder has."""
+    config = parts.config
+    counts = {name: getattr(config, name) for name in _COUNTS} | {"num_logits": parts.num_logits}
+    for name, count in counts.items():
+        if not 0 < count < 1 << 31:
+            raise bad_build(f"in `{MODEL}`, `{name}` is {count}")
+    if config.num_heads % config.num_kv_heads or parts.num_logits > config.vocab_size:
+        raise bad_build(f"in `{MODEL}`, the heads or the vocabulary do not agree")
+    if len(config.sliding_window) not in (0, config.num_layers) or parts.block_m not in BLOCK_ROWS:
+        raise bad_build(f"in `{MODEL}`, the windows or the tile can't be")
+    ids = parts.eos_ids if parts.bos_id is None else (*parts.eos_ids, parts.bos_id)
+    if any(not 0 <= token < config.vocab_size for token in ids):
+        raise bad_build(f"in `{MODEL}`, a token is not in the vocabulary")
+
+
+_COUNTS: Final = (
+    "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size",
+    "max_context",
+)  # fmt: skip
 
 
 def _checked(folder: Path, name: str, manifest: Manifest) -> bytes:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 import anabranch
 from anabranch.cli.app import app
 from anabranch.dsl.diagnostics import PlanError
-from anabranch.runtime.artefact import MANIFEST, is_build, open_build, read_manifest
+from anabranch.runtime.artefact import MANIFEST, ModelParts, is_build, open_build, read_manifest
 from anabranch.runtime.artefact_write import write_build
+from anabranch.runtime.config import ModelConfig
 from anabranch.runtime.engine import Engine, EngineConfig
 from anabranch.runtime.model import Decoder
 from anabranch.runtime.models import load
@@ -266,6 +267,9 @@ def sealed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ("files", {}, "names no `plan.plan`"),
         ("files", {"../x": {"bytes": 1, "sha256": ""}}, "lacks what a manifest says"),
         ("files", {"/etc/passwd": {"bytes": 1, "sha256": ""}}, "lacks what a manifest says"),
+        ("files", {"a\x00b": {"bytes": 1, "sha256": ""}}, "lacks what a manifest says"),
+        ("files", [], "lacks what a manifest says"),
+        ("torch", [], "and this is"),
         ("functions", 5, "lacks what a manifest says"),
         ("model", None, "lacks what a manifest says"),
     ],
@@ -291,13 +295,31 @@ def replaced(build: Path, name: str, content: bytes) -> None:
         ("model.json", b"[]", "bad-build"),
         ("model.json", b'[["ModelParts"]]', "bad-build"),
         ("model.json", b"\xff", "bad-build"),
+        ("model.json", {"num_kv_heads": 0}, "bad-build"),
+        ("model.json", {"num_heads": 3}, "bad-build"),
+        ("model.json", {"vocab_size": 2}, "bad-build"),
+        ("model.json", {"block_m": 7}, "bad-build"),
+        ("model.json", {"eos_ids": [-1]}, "bad-build"),
+        ("model.json", {"page_size": 3}, "bad-device"),
+        ("model.json", {"device": "cuda:99"}, "bad-device"),
+        ("model.json", {"device": "floppy"}, "bad-device"),
+        ("model.json", {"dtype": "int8"}, "bad-build"),
         ("tokenizer.json", b"[" * 10**5, "bad-build"),
         ("tokenizer.json", b"{}", "bad-model"),
         ("decode.pt2", b"PK", "bad-program"),
     ],
 )
-def test_what_is_in_a_file_is_not_trusted(build: Path, name: str, content: bytes, code: str) -> None:
+def test_what_is_in_a_file_is_not_trusted(build: Path, name: str, content: bytes | dict[str, Any], code: str) -> None:
     """A file that a manifest vouches for, and that holds something else: an error, and no crash."""
+    if isinstance(content, dict):
+        records = json.loads((build / name).read_bytes())
+        kinds = {"ModelParts": ModelParts, "ModelConfig": ModelConfig}
+        for record in records:
+            names = [field.name for field in fields(kinds[record[0]])] if record[0] in kinds else []
+            for field, value in content.items():
+                if field in names:
+                    record[1 + names.index(field)] = value
+        content = json.dumps(records).encode()
     replaced(build, name, content)
     assert refused(cli("run", build, "--input", "q=x", *POOL)).startswith(f"error[{code}]")
 
