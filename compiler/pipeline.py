@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anabranch.compiler.bounds import Bounds
-from anabranch.compiler.graph import Decode, Fork, Graph, Map, Node, Region, Write, walk
+from anabranch.compiler.graph import Call, Decode, Fork, Graph, Map, Node, PlanGraph, Reduce, Region, Write, walk
 from anabranch.compiler.lower import lower
 from anabranch.compiler.scheduler import Machine
 from anabranch.compiler.simplify import drop_dead_arms, drop_unreached, fold_constants, merge_arms
@@ -187,6 +187,21 @@ class Compiled:
         if found:
             raise PlanError(found, self.program.source)
 
+    def check_deterministic(self) -> None:
+        """Whether no decision may depend on the wall clock. Raises PlanError `wall-clock`, as the checker does."""
+        found = [
+            Diagnostic(
+                "wall-clock",
+                "a deadline depends on the wall clock, which a deterministic run does not read",
+                span,
+                help="bound the tokens with `budget=`, or run without `--deterministic`",
+            )
+            for plan in self.graph.plans.values()
+            for span in _deadlines(plan)
+        ]
+        if found:
+            raise PlanError(found, self.program.source)
+
     def check_bounds(self, bounds: Bounds, machine: Machine, max_context: int | None = None) -> Bounds:
         """Returns `bounds`. Raises PlanError: prompt-too-long, context-too-long, pool-too-small."""
         past = None if max_context is None else bounds.first_past(max_context)
@@ -244,6 +259,26 @@ def compile(
     if not isinstance(plan, Program):
         plan = parse(Source("<plan>", plan) if isinstance(plan, str) else plan)
     return compile_plan(plan, name, functions=functions, target=target, start_token=start_token)
+
+
+def from_graph(graph: Graph, source: Source) -> Compiled:
+    """What `compile_plan` made, from its graph and the source alone: nothing is parsed, and no pass runs.
+
+    Raises VerifyError for a graph that breaks a rule.
+    """
+    return Compiled(Program((), source), verify_graph(graph, stage="reading"), reads_logprobs=_reads_logprobs(graph))
+
+
+def _deadlines(plan: PlanGraph) -> Iterator[Span]:
+    """Where in a plan a deadline stands."""
+    if plan.limits.deadline_s is not None:
+        yield plan.span
+    for region, place in walk(plan.region):
+        node = region.nodes[place]
+        if isinstance(node, Fork | Map | Reduce | Call) and node.limits.deadline_s is not None:
+            yield node.span
+        if isinstance(node, Fork):
+            yield from (arm.span for arm in node.arms if arm.limits.deadline_s is not None)
 
 
 def _reads_logprobs(graph: Graph) -> bool:

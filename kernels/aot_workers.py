@@ -8,17 +8,22 @@ import os
 import signal
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import TypeAlias
 
 from anabranch.kernels.aot import TARGETS, Built, build, shipped_configs
 from anabranch.kernels.aot_cover import Job
+from anabranch.kernels.shipped import Config
+
+Source: TypeAlias = Sequence[str] | Callable[[], Iterable[Config]]
+"""Where a worker finds the configurations, which cannot be sent: modules, or what gives them."""
 
 
-def _serve(connection: Connection, modules: Sequence[str], directory: str) -> None:
+def _serve(connection: Connection, source: Source, directory: str, keeps_binary: bool) -> None:
     """Answer each (configuration, target), by their names, with its figures or with what went wrong."""
     # A group of its own: Ctrl-C is the parent's, which ends the worker together with the assembler that it runs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -26,7 +31,7 @@ def _serve(connection: Connection, modules: Sequence[str], directory: str) -> No
     # Kernels are imported below: with this set they would be the interpreter's.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = tempfile.tempdir = directory
-    configs = {config.name: config for config in shipped_configs(modules)}
+    configs = {config.name: config for config in (source() if callable(source) else shipped_configs(source))}
     targets = {target.name: target for target in TARGETS}
     while True:
         try:
@@ -36,16 +41,20 @@ def _serve(connection: Connection, modules: Sequence[str], directory: str) -> No
         try:
             # Where the assembler fails Triton prints all of its input; the error says enough.
             with redirect_stdout(io.StringIO()):
-                answer: Built | str = replace(build(configs[name], targets[target]), binary=None)
+                built = build(configs[name], targets[target])
+            answer: Built | str = built if keeps_binary else replace(built, binary=None)
         except Exception as error:  # whatever the compiler raises is the finding
             answer = f"{type(error).__name__}: {error}"
         connection.send(answer)
 
 
-def build_each(jobs: Iterable[Job], modules: Sequence[str], num_workers: int) -> Generator[tuple[Job, Built | str]]:
-    """Each job with its figures, without the binary, or with what went wrong; in the order in which they end.
+def build_each(
+    jobs: Iterable[Job], source: Source, num_workers: int, *, keeps_binary: bool = False
+) -> Generator[tuple[Job, Built | str]]:
+    """Each job with its figures, or with what went wrong; in the order in which they end.
 
-    modules: where the workers find the configurations, which cannot be sent. Close the iterator to end the workers.
+    source: where the workers find the configurations. Close the iterator to end the workers.
+    keeps_binary: whether the machine code comes too
     """
     context = multiprocessing.get_context("spawn")
     left = deque(jobs)
@@ -63,7 +72,9 @@ def build_each(jobs: Iterable[Job], modules: Sequence[str], num_workers: int) ->
             while left or busy:
                 while left and len(workers) < num_workers:
                     ours, theirs = context.Pipe()
-                    workers[ours] = context.Process(target=_serve, args=(theirs, modules, directory), daemon=True)
+                    workers[ours] = context.Process(
+                        target=_serve, args=(theirs, source, directory, keeps_binary), daemon=True
+                    )
                     workers[ours].start()
                     theirs.close()
                     give(ours)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -197,7 +198,6 @@ class Device:
     ) -> None:
         config = decoder.config
         self.device = decoder.device
-        group = config.num_heads // config.num_kv_heads
         check_supported(decoder, pool.page_size)
         if not 1 <= pool.num_pages <= MAX_PAGES:
             raise ValueError(f"a pool of {pool.num_pages} pages is not supported: it has from 1 to {MAX_PAGES}")
@@ -205,30 +205,50 @@ class Device:
         self.deterministic = deterministic
         self.page_size = pool.page_size
         self.scale = config.head_dim**-0.5
-        self.forward: DeviceForward | CallbackForward
-        if isinstance(decoder, Decoder):
-            self.forward = DeviceForward(decoder, fixed=deterministic)
-        else:
-            if deterministic:
-                raise not_deterministic("the linears of a decoder of its own kind are not known to keep a row's bits")
-            self.forward = CallbackForward(decoder)
+        self.bind(decoder, lanes)
         self.store = store or PagedStore(
             pool, config.num_layers, config.num_kv_heads, config.head_dim, decoder.dtype, decoder.device
         )
         self.cos, self.sin = rotary_factors(config, decoder.device)
         self.windows = windows(config)
-        self.block_m = _block_m(lanes * group, group, config.head_dim, decoder.dtype, deterministic)
         self.capacity = _capacity(config, pool, lanes, chunk, self.device)
         self.planner = self._planner(self.capacity)
         self._lists = DeviceLists(self.capacity, self.device)
+
+    def bind(self, decoder: DecoderLike, lanes: int) -> None:
+        """Find how the decoder is called, and the tile of decode attention."""
+        self.forward: DeviceForward | CallbackForward
+        if isinstance(decoder, Decoder):
+            self.forward = DeviceForward(decoder, fixed=self.deterministic)
+        else:
+            if self.deterministic:
+                raise not_deterministic("the linears of a decoder of its own kind are not known to keep a row's bits")
+            self.forward = CallbackForward(decoder)
+        self.block_m = decode_tile(self.config, decoder.dtype, lanes=lanes, deterministic=self.deterministic)
 
     def forget(self) -> None:
         """Segments and views that were planned are gone, and their numbers may come again."""
         self.planner = self._planner(self.capacity)
 
-    def step(self, blocks: Sequence[Block]) -> StepOnDevice:
+    def step(self, blocks: Sequence[Block]) -> DeviceStep:
         """Attention over the rows of `blocks`, whose slots the segments hold already."""
         return StepOnDevice(self, blocks)
+
+    def decode(
+        self, token_ids: Tensor, positions: Tensor, slots: Tensor, lists: DeviceLists, lengths: Tensor, num_parts: int
+    ) -> Tensor:
+        """Feed one token of each row: fp32 [num_rows, num_logits].
+
+        token_ids: int64; positions: int32; slots: int64, -1 to write nothing; lengths: int32, tokens of each row's open
+        segment, this one included; each [num_rows]
+        num_parts: room for partial states
+        """
+
+        def attend(number: int, norms: HeadNorms, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q = self.append(number, norms, q, k, v, positions, slots)
+            return self.attend(number, q, positions, lists, lengths, num_parts)
+
+        return self.forward(token_ids, positions, attend)
 
     def append(
         self, number: int, norms: HeadNorms, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor
@@ -302,6 +322,20 @@ class Device:
         return TaskPlanner(page_size=self.page_size, rows_per_task=self.block_m // group, capacity=capacity)
 
 
+class DeviceStep(Protocol):
+    """One step's rows, planned."""
+
+    num_rows: int
+
+    def logits(self, tokens: Sequence[int], wanted: Sequence[int]) -> Tensor:
+        """fp32 [len(wanted), num_logits] of the rows `wanted`."""
+        ...
+
+    def reads(self) -> Reads:
+        """What each row reads, from the lists that the kernels are given."""
+        ...
+
+
 class StepOnDevice:
     """One step's rows, planned: `logits` runs them through the layers.
 
@@ -316,7 +350,7 @@ class StepOnDevice:
         decoding: list[tuple[int, Block]] = []
         prefilled: list[tuple[int, Block]] = []
         for first_row, block in numbered(blocks):
-            for part, decodes in _parts(block, by_origin=device.deterministic):
+            for part, decodes in parts_of(block, by_origin=device.deterministic):
                 (decoding if decodes else prefilled).append((first_row + part.first - block.first, part))
         self._slots, self._positions = places(blocks, device.device)
         self.num_rows = len(self._slots)
@@ -445,7 +479,7 @@ class PrefillLists:
                     found[first_row + offset].extend(_runs(self._pages, first, left, shift, page_size))
 
 
-def _parts(block: Block, *, by_origin: bool) -> Iterator[tuple[Block, bool]]:
+def parts_of(block: Block, *, by_origin: bool) -> Iterator[tuple[Block, bool]]:
     """The rows of a block that go together, and whether they decode, one by one."""
     if not by_origin:
         yield block, block.count == 1
@@ -559,10 +593,11 @@ def _capacity(config: ModelConfig, pool: PagePool, lanes: int, chunk: int, devic
     return Capacity(rows=lanes + chunk, tasks=tasks, task_rows=8 * tasks, pages=pages, parts=parts, chunks=chunks)
 
 
-def _block_m(rows: int, group: int, head_dim: int, dtype: torch.dtype, deterministic: bool) -> int:
-    """The decode tile, which must hold a query group: no larger than the rows need, or a constant."""
-    fitting = [m for m in BLOCK_ROWS if m >= group and supports(m, head_dim, dtype)]
-    return next((m for m in fitting if m >= (32 if deterministic else rows)), fitting[-1])
+def decode_tile(config: ModelConfig, dtype: torch.dtype, *, lanes: int, deterministic: bool) -> int:
+    """The tile of decode attention, which must hold a query group: no larger than the rows need, or a constant."""
+    group = config.num_heads // config.num_kv_heads
+    fitting = [m for m in BLOCK_ROWS if m >= group and supports(m, config.head_dim, dtype)]
+    return next((m for m in fitting if m >= (32 if deterministic else lanes * group)), fitting[-1])
 
 
 def check_supported(decoder: DecoderLike, page_size: int) -> None:

@@ -22,7 +22,7 @@ from anabranch.compiler.pipeline import Compiled, compile_plan
 from anabranch.compiler.scheduler import Machine, Policy, Scheduler, Step, Thread
 from anabranch.compiler.sizes import ModelSizes
 from anabranch.dsl.ast import Program
-from anabranch.dsl.check import Target, check
+from anabranch.dsl.check import Target
 from anabranch.dsl.diagnostics import Span
 from anabranch.dsl.parse import parse_text
 from anabranch.dsl.printer import print_plan
@@ -33,13 +33,15 @@ from anabranch.runtime.attention import Block, StepAttention
 from anabranch.runtime.attention_fixed import FixedAttention
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.context import Context, Row
-from anabranch.runtime.device import Device, PagedStore, StepOnDevice
+from anabranch.runtime.device import Device, DeviceStep, PagedStore
 from anabranch.runtime.drawing import DrawRow, draw_rows, draw_rows_on_device
 from anabranch.runtime.events import BranchEnded, Event, GenEnded, LogitsRow, Path, RunEnded, Status, TextDelta
 from anabranch.runtime.interrupt import stop_on_interrupt
 from anabranch.runtime.joins import Ended
+from anabranch.runtime.model import DecoderLike
 from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.pages import Entry, KvStore, PagePool, Segment, View
+from anabranch.runtime.programs import ProgramDecoder, ProgramDevice
 from anabranch.runtime.recorder import Recorder
 from anabranch.runtime.replay import Log, LogEntry, Replay
 from anabranch.runtime.tasks import BranchStopped, Draw, Feed, ForkState, Reserve, Rows, Score, Spawn, Task, child_names
@@ -261,19 +263,8 @@ class Engine:
         if self.config.deterministic and decoder.packed:
             decoder.fixed_shapes()
         shape = decoder.config
-        pages = self.config.pages
-        if pages is None:
-            page_bytes = (
-                2
-                * shape.num_layers
-                * shape.num_kv_heads
-                * shape.head_dim
-                * self.config.page_size
-                * decoder.dtype.itemsize
-            )
-            pages = max(64, self.config.pool_bytes // page_bytes)
-        self.machine = Machine(self.config.lanes, pages, self.config.page_size, self.config.chunk)
-        self.pool = PagePool(pages, self.config.page_size)
+        self.machine = machine_of(decoder, self.config)
+        self.pool = PagePool(self.machine.pages, self.config.page_size)
         self.recorder = recorder
         if recorder is not None:
             recorder.attach(self.machine, deterministic=self.config.deterministic)
@@ -286,7 +277,8 @@ class Engine:
             self.store = KvStore(self.pool, shape.num_layers, shape.num_kv_heads, shape.head_dim, decoder.dtype)
         else:
             with self._on_its_device():
-                self.device = Device(
+                kind = ProgramDevice if isinstance(decoder, ProgramDecoder) else Device
+                self.device = kind(
                     decoder,
                     self.pool,
                     lanes=self.config.lanes,
@@ -322,7 +314,7 @@ class Engine:
         if isinstance(plan, Compiled):
             if self.config.deterministic:
                 # It may have been compiled for a place where the clock is read.
-                check(plan.program, functions=functions, target=Target(self.model.name, deterministic=True))
+                plan.check_deterministic()
             return plan
         program = parse_text(plan) if isinstance(plan, str) else plan
         target = Target(
@@ -1130,7 +1122,7 @@ class Engine:
             raise ValueError(f"the logits of {'/'.join(work.task.path)} are not finite")
         context.logits = row.logits.clone()
 
-    def _attention(self, blocks: Sequence[Block]) -> StepAttention | FixedAttention | StepOnDevice:
+    def _attention(self, blocks: Sequence[Block]) -> StepAttention | FixedAttention | DeviceStep:
         decoder = self.model.decoder
         if self.device is not None:
             return self.device.step(blocks)
@@ -1164,7 +1156,7 @@ class Engine:
 
     def _forward(
         self,
-        attention: StepAttention | FixedAttention | StepOnDevice,
+        attention: StepAttention | FixedAttention | DeviceStep,
         blocks: Sequence[Block],
         owners: Sequence[Run],
         tokens: Sequence[int],
@@ -1176,7 +1168,7 @@ class Engine:
             raise RuntimeError(f"{len(tokens)} tokens for {attention.num_rows} rows")
         for run, block in zip(owners, blocks, strict=True):
             run.counts["rows"] += block.count
-        if isinstance(attention, StepOnDevice):
+        if not isinstance(attention, StepAttention | FixedAttention):
             return attention.logits(tokens, wanted)
         return decoder.forward(
             torch.tensor(tokens, dtype=torch.int64),
@@ -1239,6 +1231,15 @@ class Engine:
             context.logits = work.scored[0]
             answer = work.scored[:-1]
         self._resume(task, answer)
+
+
+def machine_of(decoder: DecoderLike, config: EngineConfig) -> Machine:
+    """The machine that an engine of this configuration is."""
+    shape, pages = decoder.config, config.pages
+    if pages is None:
+        slot_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * decoder.dtype.itemsize
+        pages = max(64, config.pool_bytes // (slot_bytes * config.page_size))
+    return Machine(config.lanes, pages, config.page_size, config.chunk)
 
 
 def _thread(task: Task) -> Thread:

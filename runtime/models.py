@@ -74,7 +74,7 @@ def load(
     Raises PlanError `no-model` (there is none of that name here), `bad-model` (broken or not supported),
     `bad-template`, or `bad-device` (there is no such device here, or none was named for a dtype that needs one).
     """
-    place = _Place(dtype, _device(device))
+    place = _Place(dtype, None if device is None else find_device(device))
     if device is None and dtype not in (torch.float32, torch.float64):
         raise PlanError(
             Diagnostic("bad-device", f"{dtype} needs a device's kernels", help="`--device cuda`, or `--dtype float32`")
@@ -158,9 +158,8 @@ class _Place:
             ) from None
 
 
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
+def find_device(name: str) -> torch.device:
+    """The device called `name`, `cpu` or `cuda` or `cuda:N`. Raises PlanError `bad-device` where it is not here."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -6,7 +6,9 @@ to in place, and the lists that say who sees what. So it knows no views or plans
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -49,7 +51,9 @@ MANIFEST = "anabranch.json"
 """The file inside a `.pt2` that says what made it."""
 
 
-def export_step(decoder: Decoder, kind: Kind, *, page_size: int = 16, block_m: int = 64) -> ExportedProgram:
+def export_step(
+    decoder: Decoder, kind: Kind, *, page_size: int = 16, block_m: int = 64, deterministic: bool = False
+) -> ExportedProgram:
     """A step of the model as a program.
 
     decoder: with plain weights (`pack=False`)
@@ -57,6 +61,7 @@ def export_step(decoder: Decoder, kind: Kind, *, page_size: int = 16, block_m: i
     page_size: of the pools
     block_m: rows x query heads a tile of decode attention, as in `segment_attention`; a task of the lists holds at most
         block_m // (num_heads / num_kv_heads) rows
+    deterministic: every linear is `fixed_linear`, so that a row's bits do not depend on how many rows there are
     Arguments are those of the `forward` of either. Rows, wanted rows, pages of the pools, tasks, blocks, spans and the
     entries of every list are dynamic, each at least 1; the layers, heads, page size and tile are not. `row_parts` has
     as many entries as there are partial states.
@@ -72,7 +77,7 @@ def export_step(decoder: Decoder, kind: Kind, *, page_size: int = 16, block_m: i
     dynamic |= {"k": pools, "v": pools, "task_pages": {0: entries}, "page_start": {0: entries}}
     step: nn.Module
     if kind == "decode":
-        step = DecodeStep(decoder, block_m)
+        step = DecodeStep(decoder, block_m, fixed=deterministic)
         example |= _ints(
             decoder, tasks=(5, TASK_FIELDS), num_tasks=(1,), task_rows=(7,), task_pages=(6,), page_start=(6,)
         )
@@ -84,7 +89,7 @@ def export_step(decoder: Decoder, kind: Kind, *, page_size: int = 16, block_m: i
             "row_parts": {0: Dim("parts", min=1)},
         }
     else:
-        step = PrefillStep(decoder)
+        step = PrefillStep(decoder, fixed=deterministic)
         example |= _ints(decoder, blocks=(5, BLOCK_FIELDS), num_blocks=(1,), spans=(7, SPAN_FIELDS))
         example |= _ints(decoder, task_pages=(6,), page_start=(6,))
         example["logit_rows"] = torch.zeros(2, dtype=torch.int64, device=decoder.device)
@@ -102,9 +107,10 @@ class _Step(nn.Module):
     embedding: Tensor
     final_norm: Tensor
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, *, fixed: bool = False) -> None:
         super().__init__()
         self.config = decoder.config
+        self.fixed = fixed
         self.scale = decoder.config.head_dim**-0.5
         self.windows = windows(decoder.config)
         self.num_logits = decoder.num_logits
@@ -128,7 +134,7 @@ class _Step(nn.Module):
         layers = tuple(cast(_LayerWeights, layer).layer() for layer in self.layers)
         head = Linear(self.embedding[: self.num_logits], pack=False) if self.lm_head is None else self.lm_head.linear()
         weights = _Weights(self.config, self.embedding, layers, self.final_norm, head)
-        return DeviceForward(weights, fixed=False)(token_ids, positions, attend, rows)
+        return DeviceForward(weights, fixed=self.fixed)(token_ids, positions, attend, rows)
 
     def append(
         self, norms: HeadNorms, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
@@ -144,8 +150,8 @@ class _Step(nn.Module):
 class DecodeStep(_Step):
     """One token of each row, which sees its view by the tasks of `segment_attention`."""
 
-    def __init__(self, decoder: Decoder, block_m: int) -> None:
-        super().__init__(decoder)
+    def __init__(self, decoder: Decoder, block_m: int, *, fixed: bool = False) -> None:
+        super().__init__(decoder, fixed=fixed)
         self.block_m = block_m
 
     def forward(
@@ -244,12 +250,21 @@ def prefill_inputs(device: Device, blocks: Sequence[Block], token_ids: Sequence[
 
 
 def save(program: ExportedProgram, path: str | Path, *, fingerprint: str) -> None:
-    """Write a program, weights and all, as a `.pt2` file.
+    """Write a program, weights and all, as a `.pt2` file, and see to it that it is on the disk.
 
     fingerprint: of the model, as in `LoadedModel`
+    Raises OSError if it can't be written; the file is then cut off.
     """
     manifest = {"format": FORMAT, "anabranch": __version__, "torch": torch.__version__, "fingerprint": fingerprint}
-    torch.export.save(program, str(path), extra_files={MANIFEST: json.dumps(manifest)})
+    with _Out(io.FileIO(path, "w")) as file:
+        try:
+            torch.export.save(program, file, extra_files={MANIFEST: json.dumps(manifest)})
+        except RuntimeError:
+            if file.failed is not None:
+                raise file.failed from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path: str | Path, *, fingerprint: str) -> ExportedProgram:
@@ -290,6 +305,19 @@ def _bad_program(path: Path, reason: str) -> PlanError:
     return PlanError(
         Diagnostic("bad-program", f"cannot use the program `{path}`: {reason}", help="export the model's step again")
     )
+
+
+class _Out(io.BufferedWriter):
+    """A file that keeps why it could not be written: torch's writer tells it in text alone."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
 
 @dataclass(frozen=True, slots=True)

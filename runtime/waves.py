@@ -25,7 +25,6 @@ from anabranch.runtime.attention import Block
 from anabranch.runtime.automata import Automaton, DfaAutomaton, LinesAutomaton, TooLarge, tables
 from anabranch.runtime.constrain import AutomatonConstraint
 from anabranch.runtime.device import Device, DeviceLists, Reads, runs_read
-from anabranch.runtime.device_forward import HeadNorms
 from anabranch.runtime.drawing import bitmap, penal, upload
 from anabranch.runtime.graphs import Graphs
 from anabranch.runtime.pages import Segment
@@ -406,12 +405,10 @@ class Waves:
         length += step
         lengths = length.to(torch.int32)
         positions = ints[_Int.POSITION].to(torch.int32)
-
-        def attend(number: int, norms: HeadNorms, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = device.append(number, norms, q, k, v, positions, slot)
-            return device.attend(number, q, positions, self._lists, lengths, device.capacity.parts)
-
-        logits = device.forward(ints[_Int.TOKEN].contiguous(), positions, attend)
+        tokens = ints[_Int.TOKEN].contiguous()
+        # A captured graph holds its sizes for good; the torch definitions fill all that they are given.
+        parts = device.capacity.parts if ints.is_cuda else max(1, self._lists.planned.parts)
+        logits = device.decode(tokens, positions, slot, self._lists, lengths, parts)
         mask: Tensor | None = None
         state = ints[_Int.STATE]
         if typed:

@@ -111,6 +111,12 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -227,8 +233,51 @@ def explain(
 
 
 @app.command()
-def run(
+def build(
     file: File,
+    out: Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="The folder to write.")],
+    plan: Plan = None,
+    model: Model = "smollm2",
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="TARGET", help="Compile the kernels for sm_90, ... too. May be given again."),
+    ] = None,
+    page_size: PageSize = 16,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="So that it can be run with `--deterministic`.")
+    ] = False,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What to compute in.")] = Dtype.FLOAT32,
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where it will run.")] = "cpu",
+    template: Annotated[
+        Template | None, typer.Option("--template", help="raw: no chat template. The model's own by default.")
+    ] = None,
+    functions: Functions = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the build that is there.")] = False,
+) -> None:
+    """Write a plan and a model as a folder, which `run` takes as it is."""
+    with reporting():
+        from anabranch.cli.build import Settings, build_file
+
+        settings = Settings(
+            plan=plan,
+            model=model,
+            out=out,
+            targets=tuple(target or ()),
+            page_size=page_size,
+            deterministic=deterministic,
+            dtype=dtype.value,
+            device=device,
+            template="raw" if template else None,
+            functions=functions,
+            force=force,
+        )
+        build_file(file, settings)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A plan file, or a folder that `build` wrote.")],
     plan: Plan = None,
     input: Input = None,
     inputs: Annotated[
@@ -294,6 +343,7 @@ def run(
             schedule=schedule,
             verify=verify,
             as_json=json,
+            given=frozenset(name for name in context.params if _is_given(context, name)),
         )
         run_file(file, settings)
 

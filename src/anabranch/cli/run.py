@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,13 @@ from anabranch.cli.sources import chosen_plan, host_functions, read_program
 from anabranch.cli.text import printable, write_json
 from anabranch.cli.verify import fault_of
 from anabranch.cli.verify import summary as summary_of_schedule
+from anabranch.compiler.pipeline import Compiled
 from anabranch.compiler.recording import Recording, to_json
 from anabranch.compiler.verify_recording import ScheduleFault, verify_recording
 from anabranch.dsl.diagnostics import Source
 from anabranch.dsl.spec import Value
 from anabranch.dsl.values import render
+from anabranch.runtime.artefact import is_build
 from anabranch.runtime.engine import Engine, EngineConfig, Run, RunResult
 from anabranch.runtime.events import BranchStarted, Event
 from anabranch.runtime.interrupt import stop_on_interrupt
@@ -59,45 +61,41 @@ class Settings:
     schedule: str | None
     verify: bool
     as_json: bool
+    given: frozenset[str]
+    """Names of the options that stand on the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What to run, read from a plan's file or from a build."""
+
+    compiled: Compiled
+    name: str
+    inputs: list[dict[str, Value]]
+    functions: Mapping[str, Callable[..., Any]]
+    engine: Engine
 
 
 def run_file(file: str, settings: Settings) -> None:
-    """Run a plan of `file` and print what it came to.
+    """Run a plan of `file`, or the one that the build in the folder `file` holds, and print what it came to.
 
     Raises typer.Exit with code 1 unless every run ended ok, and PlanError if the plan, its inputs or the model are
-    wrong, or its journal can't be written.
+    wrong, or its journal can't be written, or the build can't be used.
     """
+    if is_build(Path(file)):
+        from anabranch.cli.build import refuse_unfit
+
+        refuse_unfit(file, settings.given)
     with nullcontext() if settings.journal is None else Journal.create(settings.journal) as journal:
         _run(file, settings, journal)
 
 
 def _run(file: str, settings: Settings, journal: Journal | None) -> None:
-    program = read_program(file)
-    plan = chosen_plan(program, settings.plan)
-    functions = host_functions(settings.functions)
-    given = read_inputs(plan, settings.inputs, settings.inputs_file)
-    if settings.schedule is not None:
-        check_writable(settings.schedule)
     recorder = Recorder() if settings.verify or settings.schedule is not None else None
-    model = load(
-        settings.model, dtype=getattr(torch, settings.dtype), template=settings.template, device=settings.device
-    )
-    engine = engine_for(
-        model,
-        EngineConfig(
-            lanes=settings.lanes,
-            pages=settings.pages,
-            page_size=settings.page_size,
-            chunk=settings.chunk,
-            deterministic=settings.deterministic,
-            preempt=settings.preempt,
-            run_ahead=settings.run_ahead,
-        ),
-        recorder,
-    )
-    compiled = engine.compile(program, plan.name, tuple(functions))
-    for warning in compiled.warnings:
-        typer.echo(printable(warning.render(program.source)), err=True)
+    plan = (_read_build if is_build(Path(file)) else _read_plan)(file, settings, recorder)
+    engine, given, source = plan.engine, plan.inputs, plan.compiled.program.source
+    for warning in plan.compiled.warnings:
+        typer.echo(printable(warning.render(source)), err=True)
     view = view_of(settings.as_json, len(given))
 
     def listener(run: Run, event: Event) -> None:
@@ -106,24 +104,64 @@ def _run(file: str, settings: Settings, journal: Journal | None) -> None:
     with stop_on_interrupt() as stopped:
         runs = [
             engine.submit(
-                compiled,
+                plan.compiled,
                 values,
                 seed=settings.seed,
                 input_index=index,
-                functions=functions,
+                functions=plan.functions,
                 listener=listener,
                 log=None if journal is None else journal.log(index),
             )
             for index, values in enumerate(given)
         ]
         if journal is not None:
-            journal.begin(_header(settings, program.source, plan.name, given, model.fingerprint))
+            journal.begin(_header(settings, source, plan.name, given, engine.model.fingerprint))
         run_all(engine, runs, view, stopped, journal)
     results = [run.result for run in runs if run.result is not None]
     show_results(results, as_json=settings.as_json, many=settings.inputs_file is not None)
     if recorder is not None:
         _keep(recorder.recording(), settings, engine)
     exit_unless_ok(results, stopped=stopped.is_set())
+
+
+def _read_plan(file: str, settings: Settings, recorder: Recorder | None) -> _Plan:
+    program = read_program(file)
+    plan = chosen_plan(program, settings.plan)
+    functions = host_functions(settings.functions)
+    given = read_inputs(plan, settings.inputs, settings.inputs_file)
+    if settings.schedule is not None:
+        check_writable(settings.schedule)
+    model = load(
+        settings.model, dtype=getattr(torch, settings.dtype), template=settings.template, device=settings.device
+    )
+    engine = engine_for(model, _config(settings, settings.page_size), recorder)
+    return _Plan(engine.compile(program, plan.name, tuple(functions)), plan.name, given, functions, engine)
+
+
+def _read_build(folder: str, settings: Settings, recorder: Recorder | None) -> _Plan:
+    from anabranch.cli.build import head_of, read_build
+
+    functions = host_functions(settings.functions)
+    build = read_build(folder, deterministic=settings.deterministic, functions=functions)
+    plan = head_of(build)
+    given = read_inputs(plan, settings.inputs, settings.inputs_file)
+    if settings.schedule is not None:
+        check_writable(settings.schedule)
+    model = build.model(raw=settings.template == "raw")
+    engine = engine_for(model, _config(settings, build.parts.page_size), recorder)
+    return _Plan(build.compiled, plan.name, given, functions, engine)
+
+
+def _config(settings: Settings, page_size: int) -> EngineConfig:
+    return EngineConfig(
+        lanes=settings.lanes,
+        pages=settings.pages,
+        page_size=page_size,
+        chunk=settings.chunk,
+        deterministic=settings.deterministic,
+        preempt=settings.preempt,
+        run_ahead=settings.run_ahead,
+    )
 
 
 def engine_for(model: LoadedModel, config: EngineConfig, recorder: Recorder | None = None) -> Engine:
