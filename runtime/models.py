@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
+from anabranch.compiler.pipeline import Compiled
 from anabranch.dsl.diagnostics import Diagnostic, PlanError, did_you_mean
 from anabranch.runtime import smollm2
 from anabranch.runtime.chat import Chat, RawChat, read_chat
@@ -37,6 +40,12 @@ class LoadedModel:
     chat: Chat
     name: str
     fingerprint: str
+
+    def plan_graph(self, compiled: Compiled, **options: Any) -> GraphModule:
+        """See `Compiled.to_fx`."""
+        from anabranch.runtime.plan_graph import plan_graph
+
+        return plan_graph(compiled, self, **options)
 
 
 def load(

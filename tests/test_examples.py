@@ -141,6 +141,22 @@ def test_a_model_of_ones_own_runs(name: str) -> None:
         assert "tokens aliased" in done.stdout
 
 
+def test_a_plan_as_a_torch_graph() -> None:
+    """The graph, what was exported of it, and the engine give the same value."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "to_torch.py"), "random"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "answer_join = torch.ops.anabranch.join.default(state, 'solve/answer')" in done.stdout
+    assert len({line.partition(":")[2].strip() for line in done.stdout.splitlines()[-3:]}) == 1
+
+
 @pytest.mark.skipif(find_spec("torch_mlir") is None, reason="torch-mlir is not installed")
 def test_the_mlir_example_runs(tmp_path: Path) -> None:
     """It writes its files, reads the schedule back, and machine code agrees with torch."""
