@@ -246,7 +246,7 @@ class AprReader(Reader):
             )
         if "\n" in message:
             _, _, rest = text.lstrip().partition("\n")
-            refuse_text(rest, span.end + len(text) - len(rest), "behind a message", "a line")
+            refuse_text(rest, span.end + len(text) - len(rest), "behind a message", f"`{_START} ...>` or `{_CLOSE}`")
         call.messages.append(message)
 
     def _spawn(self, call: _Call, tag: Tag) -> None:
