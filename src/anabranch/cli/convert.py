@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from anabranch.cli.files import check_writable, write_whole
 from anabranch.cli.sources import chosen_plan, read_program
+from anabranch.cli.text import printable
 from anabranch.dsl.dialects import export_trace, import_trace
 from anabranch.dsl.parse import read_exactly
 
@@ -29,7 +32,10 @@ def _check(output: str | None) -> None:
 
 
 def _write(text: str, output: str | None) -> None:
-    if output is None:
-        typer.echo(text.encode(), nl=False)
-    else:
+    if output is not None:
         write_whole(output, text.encode())
+    elif sys.stdout.isatty():
+        # A trace may hold what steers a terminal.
+        typer.echo(printable(text), nl=False)
+    else:
+        typer.echo(text.encode(), nl=False)
