@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from anabranch.compiler.bounds import Bounds
 from anabranch.compiler.graph import Decode, Fork, Graph, Map, Node, Region, Write, walk
@@ -15,10 +15,14 @@ from anabranch.compiler.sizes import ByteSizes, Sizes, measure
 from anabranch.compiler.verify_graph import verify_graph
 from anabranch.dsl.ast import Expr, Program, Str
 from anabranch.dsl.check import Target, check
-from anabranch.dsl.diagnostics import Diagnostic, PlanError, Span
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, Source, Span
 from anabranch.dsl.options import show_type
+from anabranch.dsl.parse import parse
 from anabranch.dsl.spec import ChoiceType, GenType, JsonType, TextType
 from anabranch.dsl.types import ANY, bounded_texts, input_mismatch, of_bound, show
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     fold_constants,
@@ -37,6 +41,12 @@ class Host(Protocol):
     def sizes(self) -> Sizes: ...
     @property
     def max_context(self) -> int: ...
+
+
+class GraphMaker(Protocol):
+    """What makes a graph of a plan. A loaded model is one."""
+
+    def plan_graph(self, compiled: Compiled, **options: Any) -> GraphModule: ...
 
 
 NEVER = 1 << 30
@@ -67,6 +77,13 @@ class Compiled:
     warnings: tuple[Diagnostic, ...] = ()
     skipped: tuple[str, ...] = ()
     reads_logprobs: bool = False
+
+    def to_fx(self, model: GraphMaker, **options: Any) -> GraphModule:
+        """The plan as a `torch.fx.GraphModule` for a model; `options` as of `runtime/plan_graph.py`.
+
+        Raises PlanError `not-in-graph` for what a graph cannot hold.
+        """
+        return model.plan_graph(self, **options)
 
     def bounds(self, host: Host, inputs: Mapping[str, Any]) -> Bounds:
         """The bounds of a run on `inputs`. Raises PlanError as `check_inputs` and `check_bounds` do."""
@@ -161,7 +178,7 @@ class Compiled:
                 if not isinstance(node, Decode) or not _is_drawn_by_type(node):
                     continue
                 try:
-                    diagnostic = _max_too_small(node, _holds_space(region, place), least_tokens)
+                    diagnostic = _max_too_small(node, holds_space(region, place), least_tokens)
                 except PlanError as error:
                     found += [replace(wrong, span=node.span) for wrong in error.diagnostics]
                     continue
@@ -212,6 +229,23 @@ def compile_plan(
     return Compiled(program, graph, checked.warnings, checked.skipped, _reads_logprobs(graph))
 
 
+def compile(
+    plan: Program | Source | str,
+    name: str | None = None,
+    *,
+    functions: Collection[str] = (),
+    target: Target | None = None,
+    start_token: bool | None = None,
+) -> Compiled:
+    """Compile a plan's text, a file that was read, or a program: `compile(text).to_fx(model)`.
+
+    Arguments and errors are those of `compile_plan`.
+    """
+    if not isinstance(plan, Program):
+        plan = parse(Source("<plan>", plan) if isinstance(plan, str) else plan)
+    return compile_plan(plan, name, functions=functions, target=target, start_token=start_token)
+
+
 def _reads_logprobs(graph: Graph) -> bool:
     for plan in graph.plans.values():
         for region, place in walk(plan.region):
@@ -221,12 +255,15 @@ def _reads_logprobs(graph: Graph) -> bool:
     return False
 
 
-def _is_drawn_by_type(node: Decode) -> bool:
+def draws(node: Decode) -> bool:
+    """Whether a gen draws tokens: one with recorded text does not, nor a choice by log-probability."""
     kind = node.spec.type
-    if node.spec.recorded is not None or (isinstance(kind, ChoiceType) and kind.by == "logprob"):
-        return False
-    # Of these the least is one token, or not known.
-    return not isinstance(kind, TextType | JsonType)
+    return node.spec.recorded is None and not (isinstance(kind, ChoiceType) and kind.by == "logprob")
+
+
+def _is_drawn_by_type(node: Decode) -> bool:
+    # Of a text, or a json, the least is one token, or not known.
+    return draws(node) and not isinstance(node.spec.type, TextType | JsonType)
 
 
 def _max_too_small(node: Decode, held_space: bool | None, least_tokens: LeastTokens) -> Diagnostic | None:
@@ -246,7 +283,7 @@ def _max_too_small(node: Decode, held_space: bool | None, least_tokens: LeastTok
     )
 
 
-def _holds_space(region: Region, place: int) -> bool | None:
+def holds_space(region: Region, place: int) -> bool | None:
     """Whether a space is held back before the gen at `place`; None where only the run knows."""
     node = region.nodes[place]
     if isinstance(node, Decode) and node.prompt is not None:

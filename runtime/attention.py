@@ -321,7 +321,7 @@ class StepAttention:
         first, step = call.stride
         kv_heads, _, dim = store.shape
         shape = (call.mask.shape[0], kv_heads, call.mask.shape[1], dim)
-        return store.as_strided(shape, (step * dim, store.stride(0), dim, 1), first * dim)
+        return store.as_strided(shape, (step * dim, store.stride(0), dim, 1), store.storage_offset() + first * dim)
 
     def _window_mask(self, call: _Call, window: int) -> Tensor | None:
         """The additive mask under a sliding window, or None where it hides nothing."""

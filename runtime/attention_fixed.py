@@ -491,7 +491,7 @@ class FixedAttention:
         parts = len(call.numbers)
         if isinstance(call.keys, int):
             strides = (PART * dim, store.stride(0), dim, 1)
-            return store.as_strided((parts, kv_heads, PART, dim), strides, call.keys * dim)
+            return store.as_strided((parts, kv_heads, PART, dim), strides, store.storage_offset() + call.keys * dim)
         return store.index_select(1, call.keys).view(kv_heads, parts, PART, dim).transpose(0, 1)
 
     def _merge(

@@ -84,6 +84,13 @@ class PagedStore:
             ) from error
         self._page_size = pool.page_size
 
+    @classmethod
+    def over(cls, k: list[Tensor], v: list[Tensor]) -> PagedStore:
+        """A store in memory of the caller's: k[layer], v[layer] as above."""
+        store = cls.__new__(cls)
+        store.k, store.v, store._page_size = k, v, k[0].shape[2]
+        return store
+
     def save(self, segment: Segment) -> Saved:
         """A copy of what `segment` holds, in host memory."""
         page, slot = self._places(segment)
@@ -172,12 +179,22 @@ class Device:
     """The device side of an engine.
 
     lanes, chunk: most decoding rows and most prefilled rows of a step
+    store: the pools, where the caller made them
     deterministic: fixed tiles and linears, so that a row's bits do not depend on the rows beside it
     Raises ValueError for a decoder, page size or device that the kernels do not support, naming the limit, and
     PlanError `not-deterministic` for one that does not run by the kernels' linears.
     """
 
-    def __init__(self, decoder: DecoderLike, pool: PagePool, *, lanes: int, chunk: int, deterministic: bool) -> None:
+    def __init__(
+        self,
+        decoder: DecoderLike,
+        pool: PagePool,
+        *,
+        lanes: int,
+        chunk: int,
+        deterministic: bool,
+        store: PagedStore | None = None,
+    ) -> None:
         config = decoder.config
         self.device = decoder.device
         group = config.num_heads // config.num_kv_heads
@@ -195,7 +212,7 @@ class Device:
             if deterministic:
                 raise not_deterministic("the linears of a decoder of its own kind are not known to keep a row's bits")
             self.forward = CallbackForward(decoder)
-        self.store = PagedStore(
+        self.store = store or PagedStore(
             pool, config.num_layers, config.num_kv_heads, config.head_dim, decoder.dtype, decoder.device
         )
         self.cos, self.sin = rotary_factors(config, decoder.device)

@@ -133,8 +133,8 @@ class Interrupted(KeyboardInterrupt):
 
 COUNTS = (
     "tokens_decoded", "tokens_trimmed", "tokens_prefilled", "tokens_reprefilled", "tokens_flushed", "tokens_cached",
-    "tokens_recomputed", "tokens_replayed", "tokens_aliased", "tokens_unfed", "critical_path_tokens", "total_tokens",
-    "rows", "steps",
+    "tokens_recomputed", "tokens_replayed", "tokens_aliased", "tokens_stitched", "tokens_unfed",
+    "critical_path_tokens", "total_tokens", "rows", "steps",
 )  # fmt: skip
 
 

@@ -85,6 +85,11 @@ class Generation:
         return self._constraint
 
     @property
+    def held_space(self) -> bool:
+        """Whether a space was held back before this gen."""
+        return self._held_space
+
+    @property
     def drawn(self) -> int:
         """How many tokens were drawn, the end-of-turn token included."""
         return len(self._tokens)

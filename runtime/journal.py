@@ -223,6 +223,30 @@ def read_journal(path: str) -> Contents:
         os.close(descriptor)
 
 
+def read_runs(path: str) -> Iterator[tuple[Header, int, tuple[LogEntry, ...]]]:
+    """Each run of the journal at `path`, as (header, which input it is of, its entries), in the order of their ends.
+
+    Runs that are not over come last. Only the entries of runs that go on at one time are in memory together.
+    Raises PlanError as `read_journal`.
+    """
+    descriptor = _opened(path, os.O_RDONLY)
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            lines = _Lines(path, iter(lambda: file.readline(MAX_LINE_BYTES), b""))
+            going_on: dict[int, list[LogEntry]] = {}
+            over = bytearray(len(lines.header.inputs))
+            for run, entry in lines:
+                going_on.setdefault(run, []).append(entry)
+                if isinstance(entry.event, RunEnded):
+                    over[run] = True
+                    yield lines.header, run, tuple(going_on.pop(run))
+            for run, is_over in enumerate(over):
+                if not is_over:
+                    yield lines.header, run, tuple(going_on.pop(run, ()))
+    except OSError as error:
+        _refuse("unreadable-file", f"`{path}` can't be read: {_reason(error)}", "check the path")
+
+
 _BINARY: Final = getattr(os, "O_BINARY", 0)
 
 
@@ -279,27 +303,46 @@ def _read(path: str, descriptor: int) -> tuple[Contents, str]:
         _refuse("unreadable-file", f"`{path}` can't be read: {_reason(error)}", "check the path")
 
 
+class _Lines:
+    """The header of a journal, and then its entries with the run that each is of, as far as its lines are whole.
+
+    sum, num_bytes: of what was read; num_dropped: lines after the last whole one, once all are read
+    """
+
+    def __init__(self, path: str, lines: Iterator[bytes]) -> None:
+        first = next(lines, b"")
+        text = _text(first, "")
+        if text is None:
+            _bad(path, "its first line is " + ("torn or changed" if first else "not there"))
+        self.header = _header(path, _load(path, text, 1))
+        self.sum = _chain("", text)
+        self.num_bytes = len(first)
+        self.num_dropped = 0
+        self._path = path
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[tuple[int, LogEntry]]:
+        for number, line in enumerate(self._lines, 2):
+            text = _text(line, self.sum)
+            if text is None:
+                self.num_dropped = 1 + sum(1 for _ in self._lines)
+                return
+            document = _load(self._path, text, number)
+            run = document.pop("run", None)
+            if type(run) is not int or not 0 <= run < len(self.header.inputs):
+                _bad(self._path, f"line {number} is of no run")
+            entry = _decode(self._path, document, number)
+            self.sum, self.num_bytes = _chain(self.sum, text), self.num_bytes + len(line)
+            yield run, entry
+
+
 def _parse(path: str, lines: Iterator[bytes]) -> tuple[Contents, str]:
     """The contents of a journal, and the sum of its last whole line."""
-    first = next(lines, b"")
-    text = _text(first, "")
-    if text is None:
-        _bad(path, "its first line is " + ("torn or changed" if first else "not there"))
-    header = _header(path, _load(path, text, 1))
-    last, num_bytes, num_dropped = _chain("", text), len(first), 0
-    entries: list[list[LogEntry]] = [[] for _ in header.inputs]
-    for number, line in enumerate(lines, 2):
-        text = _text(line, last)
-        if text is None:
-            num_dropped = 1 + sum(1 for _ in lines)
-            break
-        document = _load(path, text, number)
-        run = document.pop("run", None)
-        if type(run) is not int or not 0 <= run < len(entries):
-            _bad(path, f"line {number} is of no run")
-        entries[run].append(_decode(path, document, number))
-        last, num_bytes = _chain(last, text), num_bytes + len(line)
-    return Contents(header, tuple(map(tuple, entries)), num_bytes, num_dropped), last
+    whole = _Lines(path, lines)
+    entries: list[list[LogEntry]] = [[] for _ in whole.header.inputs]
+    for run, entry in whole:
+        entries[run].append(entry)
+    return Contents(whole.header, tuple(map(tuple, entries)), whole.num_bytes, whole.num_dropped), whole.sum
 
 
 def _text(line: bytes, before: str) -> bytes | None:
@@ -527,4 +570,4 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-__all__ = ["Contents", "Header", "Journal", "read_journal"]
+__all__ = ["Contents", "Header", "Journal", "read_journal", "read_runs"]

@@ -1,15 +1,17 @@
 """A run as one list of tokens, each with a position, and each segment with the view that its tokens have.
 
-layout  = Layout(Token*, Segment*, Draw*, Claim*)
+layout  = Layout(Token*, Segment*, Draw*, Forced*, Claim*)
 segment = Segment(path, view: (segment, shift)*)       its tokens see the view, and one another causally
 token   = Token(id, position, segment)
-draw    = Draw(path, index, after, token)              drawn from the logits of the token `after`
+draw    = Draw(path, index, after, token, stays)       drawn from the logits of the token `after`
+forced  = Forced(path, kind, after, token)             put there by a gen that drew nothing
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,12 +49,27 @@ class Draw:
 
     index: how many tokens the thread had drawn before
     token: the id, where events or trace tell it; None for one that was trimmed and not traced
+    stays: it is the next token of its thread's context; one that a stop or the end of the turn took back is not
     """
 
     path: Path
     index: int
     after: int
     token: int | None
+    stays: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """One token that a gen left without drawing it, after the token `after` (an index into `Layout.tokens`).
+
+    kind: it was recorded in the plan, or is of the choice that scored best
+    """
+
+    path: Path
+    kind: Literal["recorded", "scored"]
+    after: int
+    token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +100,7 @@ class Layout:
     tokens: tuple[Token, ...]
     segments: tuple[Segment, ...]
     draws: Mapping[tuple[Path, int], Draw]
+    forced: tuple[Forced, ...]
     logprobs: tuple[tuple[Draw, float], ...]
     claims: tuple[Claim, ...]
     status: Status
@@ -111,6 +129,7 @@ class LayoutBuilder:
     def __init__(self) -> None:
         self.tokens: list[Token] = []
         self.draws: dict[tuple[Path, int], Draw] = {}
+        self.forced: list[Forced] = []
         self.logprobs: list[tuple[Draw, float]] = []
         self.claims: list[Claim] = []
         self._segments: list[tuple[Path, tuple[tuple[int, int], ...], list[int]]] = []
@@ -129,5 +148,12 @@ class LayoutBuilder:
     def finish(self, status: Status, value: Value) -> Layout:
         segments = tuple(Segment(path, view, tuple(tokens)) for path, view, tokens in self._segments)
         return Layout(
-            tuple(self.tokens), segments, dict(self.draws), tuple(self.logprobs), tuple(self.claims), status, value
+            tuple(self.tokens),
+            segments,
+            dict(self.draws),
+            tuple(self.forced),
+            tuple(self.logprobs),
+            tuple(self.claims),
+            status,
+            value,
         )

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
+from anabranch.compiler.pipeline import Compiled
 from anabranch.dsl.diagnostics import Diagnostic, PlanError, did_you_mean
 from anabranch.runtime import smollm2
 from anabranch.runtime.chat import Chat, RawChat, read_chat
@@ -38,6 +41,25 @@ class LoadedModel:
     name: str
     fingerprint: str
 
+    def plan_graph(self, compiled: Compiled, **options: Any) -> GraphModule:
+        """See `Compiled.to_fx`."""
+        from anabranch.runtime.plan_graph import plan_graph
+
+        return plan_graph(compiled, self, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedText:
+    """What a model makes of text, without its weights: enough to lay out a run of it again.
+
+    fingerprint: that of the whole model, as in `LoadedModel`
+    """
+
+    tokenizer: Tokenizer
+    chat: Chat
+    name: str
+    fingerprint: str
+
 
 def load(
     name: str, *, dtype: torch.dtype = torch.float32, template: str | None = None, device: str | None = None
@@ -57,21 +79,51 @@ def load(
         raise PlanError(
             Diagnostic("bad-device", f"{dtype} needs a device's kernels", help="`--device cuda`, or `--dtype float32`")
         )
+    _check_template(template)
+    where = _find(name)
+    if isinstance(where, int):
+        return _load_random(name, where, place, template)
+    return (_load_folder if where.is_dir() else _load_gguf)(where, name, place, template)
+
+
+def load_text(name: str, *, template: str | None = None) -> LoadedText:
+    """What `load` would load, less the weights, of which nothing is read but samples for the fingerprint.
+
+    Raises PlanError `no-model`, `bad-model`, `bad-template`.
+    """
+    _check_template(template)
+    where = _find(name)
+    if isinstance(where, int):
+        tokenizer = byte_tokenizer()
+        identity = _random_identity(where, random_config(tokenizer))
+    elif where.is_dir():
+        tokenizer, identity = Tokenizer.from_folder(where), _folder_identity(where)
+    else:
+        tokenizer, identity = Tokenizer.from_gguf(GgufFile(where)), _sample(where)
+    return LoadedText(tokenizer, _chat(tokenizer, name, template), name, _fingerprint(identity))
+
+
+def _check_template(template: str | None) -> None:
     if template not in (None, "raw"):
         raise PlanError(Diagnostic("bad-template", f"there is no chat template `{template}`", help="`--template raw`"))
+
+
+def _find(name: str) -> int | Path:
+    """The folder or `.gguf` file of a model, fetched if need be, or the seed of the random one. Raises PlanError."""
     if name == "random" or name.startswith("random:"):
-        return _load_random(name, place, template)
+        seed = name.partition(":")[2] or "0"
+        if not re.fullmatch(r"[0-9]{1,9}", seed):
+            raise PlanError(Diagnostic("no-model", f"`{seed}` is no seed for the random model", help="`random:SEED`"))
+        return int(seed)
     if name == "smollm2":
-        return _load_folder(smollm2.folder(), name, place, template)
+        return smollm2.folder()
     path = Path(name).expanduser()
-    if path.is_dir():
-        return _load_folder(path, name, place, template)
-    if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, name, place, template)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
     if path.is_file():
         raise bad_model(name, "it is a file, not a folder or a `.gguf` file")
     if _HUB_NAME.fullmatch(name):
-        return _load_folder(_fetch_from_hub(name), name, place, template)
+        return _fetch_from_hub(name)
     raise PlanError(
         Diagnostic(
             "no-model",
@@ -124,22 +176,18 @@ def _device(name: str | None) -> torch.device | None:
     )
 
 
-def _load_random(name: str, place: _Place, template: str | None) -> LoadedModel:
-    text = name.partition(":")[2] or "0"
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise PlanError(Diagnostic("no-model", f"`{text}` is no seed for the random model", help="`random:SEED`"))
+def _load_random(name: str, seed: int, place: _Place, template: str | None) -> LoadedModel:
     tokenizer = byte_tokenizer()
     config = random_config(tokenizer)
-    decoder = place.decoder(config, random_weights(config, tokenizer, int(text)), tokenizer, name)
-    return _loaded(decoder, tokenizer, name, template, f"random {int(text)} {config}".encode())
+    decoder = place.decoder(config, random_weights(config, tokenizer, seed), tokenizer, name)
+    return _loaded(decoder, tokenizer, name, template, _random_identity(seed, config))
 
 
 def _load_folder(folder: Path, name: str, place: _Place, template: str | None) -> LoadedModel:
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
     decoder = place.decoder(config, SafetensorsFolder(folder), tokenizer, str(folder))
-    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jinja", ".safetensors")]
-    return _loaded(decoder, tokenizer, name, template, b"".join(map(_sample, files)))
+    return _loaded(decoder, tokenizer, name, template, _folder_identity(folder))
 
 
 def _load_gguf(path: Path, name: str, place: _Place, template: str | None) -> LoadedModel:
@@ -154,9 +202,24 @@ def _loaded(decoder: Decoder, tokenizer: Tokenizer, name: str, template: str | N
         raise bad_model(
             name, f"its tokenizer has {tokenizer.vocab_size} tokens, its decoder only {decoder.config.vocab_size}"
         )
-    chat = RawChat() if template == "raw" else read_chat(tokenizer, name)
-    fingerprint = hashlib.sha256(identity).hexdigest()[:16]
-    return LoadedModel(decoder, tokenizer, chat, name, fingerprint)
+    return LoadedModel(decoder, tokenizer, _chat(tokenizer, name, template), name, _fingerprint(identity))
+
+
+def _chat(tokenizer: Tokenizer, name: str, template: str | None) -> Chat:
+    return RawChat() if template == "raw" else read_chat(tokenizer, name)
+
+
+def _random_identity(seed: int, config: ModelConfig) -> bytes:
+    return f"random {seed} {config}".encode()
+
+
+def _folder_identity(folder: Path) -> bytes:
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jinja", ".safetensors")]
+    return b"".join(map(_sample, files))
+
+
+def _fingerprint(identity: bytes) -> str:
+    return hashlib.sha256(identity).hexdigest()[:16]
 
 
 def _sample(path: Path) -> bytes:

@@ -469,8 +469,15 @@ class KvStore:
         # numpy's zeros come untouched from the operating system, page by page as they are first written; torch's are
         # written at once, which costs a default pool 2 GiB and most of a second.
         plain: np.dtype[Any] = np.dtype({torch.float32: "f4", torch.float64: "f8"}[dtype])
-        self.k: list[Tensor] = [torch.from_numpy(_aligned_zeros(shape, plain)) for _ in range(num_layers)]
-        self.v: list[Tensor] = [torch.from_numpy(_aligned_zeros(shape, plain)) for _ in range(num_layers)]
+        self.k: list[Tensor] = [torch.from_numpy(aligned_zeros(shape, plain)) for _ in range(num_layers)]
+        self.v: list[Tensor] = [torch.from_numpy(aligned_zeros(shape, plain)) for _ in range(num_layers)]
+
+    @classmethod
+    def over(cls, k: list[Tensor], v: list[Tensor]) -> KvStore:
+        """A store in memory of the caller's: k[layer], v[layer] as above."""
+        store = cls.__new__(cls)
+        store.k, store.v = k, v
+        return store
 
     def save(self, segment: Segment) -> Saved:
         """A copy of what `segment` holds, in host memory."""
@@ -492,7 +499,8 @@ ALIGNMENT = 64
 """Bytes. Memory of torch's own begins at multiples of it, and so does a store: where a key lies changes no bit then."""
 
 
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros that begin at a multiple of `ALIGNMENT`, untouched until they are written."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
     first = -raw.ctypes.data % ALIGNMENT

@@ -51,7 +51,7 @@ from anabranch.runtime.events import (
     Status,
     TextDelta,
 )
-from anabranch.runtime.layout import Claim, Draw, Layout, LayoutBuilder
+from anabranch.runtime.layout import Claim, Draw, Forced, Layout, LayoutBuilder
 from anabranch.runtime.tokenizer import Piece, Tokenizer
 from anabranch.runtime.verdict import Branch, Undecided, Verdict, decide
 
@@ -639,9 +639,11 @@ class _Run:
         self._same(thread.at, "the gen's place", event.site, site)
         if event.drawn > spec.max_tokens:
             raise ReferenceMismatch(thread.at, f"`{site}` drew {event.drawn} tokens of at most {spec.max_tokens}")
+        kind: Literal["recorded", "scored"] | None = None if spec.recorded is None else "recorded"
         if isinstance(spec.type, ChoiceType) and spec.type.by == "logprob" and event.end == "complete":
             self._lay_choices(thread, spec.type, event, held)
-        self._lay_tokens(thread, event)
+            kind = "scored"
+        self._lay_tokens(thread, event, kind)
         text = self._text(event.ids)
         thread.text.append(text)
         self._same(thread.at, f"the text of `{site}`", event.text, _without_held(text, held))
@@ -676,7 +678,7 @@ class _Run:
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     raise _Failed(f"`{name}` is {value!r}, no number")
 
-    def _lay_tokens(self, thread: _Thread, event: GenEnded) -> None:
+    def _lay_tokens(self, thread: _Thread, event: GenEnded, forced: Literal["recorded", "scored"] | None) -> None:
         """The tokens that the gen left in the context, and beside them those that it drew and trimmed again.
 
         Draw j reads the logits after the j tokens drawn before it. As long as those are the tokens that stay, that is
@@ -690,8 +692,9 @@ class _Run:
         kept = 0
         while kept < event.drawn:
             token = self.drawn.get((thread.path, first + kept), ids[kept] if kept < len(ids) else None)
-            self._draw(thread, first + kept, thread.last, token)
-            if kept >= len(ids) or token != ids[kept]:
+            stays = kept < len(ids) and token == ids[kept]
+            self._draw(thread, first + kept, thread.last, token, stays=stays)
+            if not stays:
                 break
             if kept < len(event.logprobs):
                 self._score(thread, first + kept, event.logprobs[kept])
@@ -700,6 +703,8 @@ class _Run:
         if kept + 1 < event.drawn:
             self._lay_trimmed(thread, first + kept, first + event.drawn)
         for token_id in ids[kept:]:
+            if forced is not None and thread.last is not None:
+                self.build.forced.append(Forced(thread.path, forced, thread.last, token_id))
             self._feed(thread, token_id)
 
     def _lay_traced(self, thread: _Thread) -> None:
@@ -720,7 +725,7 @@ class _Run:
             if token is None:
                 return
             after = self.build.append(beside, token, position)
-            self._draw(thread, index + 1, after, self.drawn.get((thread.path, index + 1)))
+            self._draw(thread, index + 1, after, self.drawn.get((thread.path, index + 1)), stays=False)
             position += 1
 
     def _lay_choices(self, thread: _Thread, choice: ChoiceType, event: GenEnded, held: bool) -> None:
@@ -743,10 +748,10 @@ class _Run:
         self._same(thread.at, f"what `{event.site}` left in the context", event.ids, ids)
         self.build.claims.append(Claim(thread.at, f"`{event.site}`", candidates, (chosen,), mean=False))
 
-    def _draw(self, thread: _Thread, index: int, after: int | None, token: int | None) -> None:
+    def _draw(self, thread: _Thread, index: int, after: int | None, token: int | None, *, stays: bool = True) -> None:
         if after is None:
             raise ReferenceMismatch(thread.at, f"draw {index} has nothing to continue")
-        self.build.draws[thread.path, index] = Draw(thread.path, index, after, token)
+        self.build.draws[thread.path, index] = Draw(thread.path, index, after, token, stays)
         if token is not None:
             thread.draws.append((after, token))
 

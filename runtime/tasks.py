@@ -1034,7 +1034,9 @@ class Task:
             else:
                 end = max(end, task.context.position)
             self.text.extend(task.text)
-        self.run.counts["tokens_aliased"] += sum(e.segment.length for e in entries)
+        stitched = sum(e.segment.length for e in entries)
+        self.run.counts["tokens_aliased"] += stitched
+        self.run.counts["tokens_stitched"] += stitched
         self.note(recording.Stitch(self.number, tuple(task.number for task in winners)))
         if entries:
             context.alias(entries, end)

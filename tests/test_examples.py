@@ -141,6 +141,40 @@ def test_a_model_of_ones_own_runs(name: str) -> None:
         assert "tokens aliased" in done.stdout
 
 
+def test_a_plan_as_a_torch_graph() -> None:
+    """The graph, what was exported of it, and the engine give the same value."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "to_torch.py"), "random"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "answer_join = torch.ops.anabranch.join.default(state, 'solve/answer')" in done.stdout
+    assert len({line.partition(":")[2].strip() for line in done.stdout.splitlines()[-3:]}) == 1
+
+
+def test_the_training_example_learns() -> None:
+    """Runs, a pack of them and a few steps on it: what was packed is told, and the loss falls."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "train_on_traces.py"), "4"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src"), "PYTHONIOENCODING": "utf-8"},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 traces" in done.stdout and "activation ratio       1 (6 forked)" in done.stdout
+    losses = [float(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.2
+
+
 @pytest.mark.skipif(find_spec("torch_mlir") is None, reason="torch-mlir is not installed")
 def test_the_mlir_example_runs(tmp_path: Path) -> None:
     """It writes its files, reads the schedule back, and machine code agrees with torch."""

@@ -141,7 +141,8 @@ def test_the_docs_tell_every_option() -> None:
         part.split("\n", 1)[0]: part for part in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").split("\n## ")
     }
     found = dict(commands(group))
-    assert set(found) == {"check", "fmt", "show", "verify", "explain", "run", "resume", "convert", "model get"}
+    names = {"check", "fmt", "show", "verify", "explain", "run", "resume", "convert", "pack", "stats", "model get"}
+    assert set(found) == names
     for name, command in found.items():
         for param in command.params:
             for option in param.opts:

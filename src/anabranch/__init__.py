@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from anabranch.compiler.pipeline import Compiled, compile_plan
+    from anabranch.compiler.pipeline import Compiled, compile, compile_plan
     from anabranch.dsl.check import Checked, check
     from anabranch.dsl.diagnostics import Diagnostic, PlanError
     from anabranch.dsl.parse import parse, parse_text, read_source
@@ -38,6 +38,7 @@ __all__ = [
     "StreamEvent",
     "__version__",
     "check",
+    "compile",
     "compile_plan",
     "load",
     "parse",
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 _HOMES: Final = {
-    "anabranch.compiler.pipeline": ("Compiled", "compile_plan"),
+    "anabranch.compiler.pipeline": ("Compiled", "compile", "compile_plan"),
     "anabranch.dsl.check": ("Checked", "check"),
     "anabranch.dsl.diagnostics": ("Diagnostic", "PlanError"),
     "anabranch.dsl.parse": ("parse", "parse_text", "read_source"),

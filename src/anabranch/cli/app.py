@@ -62,6 +62,22 @@ class Template(StrEnum):
     RAW = "raw"
 
 
+class Kind(StrEnum):
+    """What `pack` labels: see `runtime/traces.py`."""
+
+    DRAWN = "drawn"
+    TRIMMED = "trimmed"
+    RECORDED = "recorded"
+    SCORED = "scored"
+
+
+class Train(StrEnum):
+    """Of which branches `pack` labels what was written."""
+
+    OK = "ok"
+    ALL = "all"
+
+
 app = typer.Typer(
     name="anabranch",
     help="Fork / map / join reasoning plans over one shared KV cache.",
@@ -336,6 +352,60 @@ def convert(
             import_file(file, from_.value, output)
         elif to is not None:
             export_file(file, to.value, output, plan)
+
+
+Traces = Annotated[
+    list[str], typer.Argument(metavar="TRACES...", help="Journals of `run --journal`, or folders of them (*.jsonl).")
+]
+
+
+@app.command()
+def pack(
+    traces: Traces,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder for the rows.")],
+    length: Annotated[int, typer.Option("--length", min=1, max=1 << 24, help="Most tokens in a row.")] = 8192,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Where the model of the traces is now, for its tokenizer."),
+    ] = None,
+    train: Annotated[
+        Train, typer.Option("--train", help="Train branches that ended ok in all they stand in, or all of them.")
+    ] = Train.OK,
+    without: Annotated[
+        list[Kind] | None, typer.Option("--without", help="Do not train such tokens. May be given again for another.")
+    ] = None,
+    shifts: Annotated[
+        bool, typer.Option("--shifts", help="Take traces with shifts, which position ids alone can't say.")
+    ] = False,
+    skip_long: Annotated[
+        bool, typer.Option("--skip-long", help="Leave out traces that are longer than a row.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Pack runs into rows to train a model on, with their masks, positions and labels."""
+    with reporting():
+        from anabranch.cli.traces import Settings, pack_traces
+
+        settings = Settings(
+            output=output,
+            length=length,
+            model=model,
+            without=tuple(kind.value for kind in without or ()),
+            train=train.value,
+            shifts=shifts,
+            skip_long=skip_long,
+            as_json=json,
+        )
+        pack_traces(traces, settings)
+
+
+@app.command()
+def stats(traces: Traces, json: Json = False) -> None:
+    """Tell how parallel runs were: how many forked, how wide and deep, and what their critical path was."""
+    with reporting():
+        from anabranch.cli.traces import show_stats
+
+        show_stats(traces, as_json=json)
 
 
 @model_app.callback()

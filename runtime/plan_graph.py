@@ -1,0 +1,129 @@
+"""A plan as a graph for one model: what can be in one, and of what sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+
+import torch
+from torch.fx import GraphModule
+
+from anabranch.compiler.emit_fx import GraphOptions, emit
+from anabranch.compiler.graph import Call, Expand, Node, Region, walk
+from anabranch.compiler.pipeline import Compiled
+from anabranch.compiler.regions import TooManyNodes
+from anabranch.compiler.scheduler import Machine
+from anabranch.dsl.ast import Apply
+from anabranch.dsl.check_expr import BUILTINS
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, Span
+from anabranch.dsl.printer import print_plan
+from anabranch.runtime.models import LoadedModel
+from anabranch.runtime.plan_ops import attach, plan_of
+from anabranch.runtime.plan_run import LANE_INTS
+
+
+def plan_graph(
+    compiled: Compiled,
+    model: LoadedModel,
+    *,
+    lanes: int = 64,
+    chunk: int = 512,
+    pages: int | None = None,
+    page_size: int = 16,
+    pool_bytes: int = 2 << 30,
+    deterministic: bool = True,
+    forced: bool = False,
+) -> GraphModule:
+    """The graph of a plan, which runs as `gm(pack_inputs(inputs))`.
+
+    lanes: branches of a region that run together; chunk: most rows that are prefilled in one step
+    pages, page_size: of the KV pools; None takes as many pages as `pool_bytes` holds
+    deterministic: the bits of an engine that is `deterministic`; else those of one that is not, within rounding
+    forced: tokens can be forced, and the graph gives (result, logits)
+    Raises PlanError: `not-in-graph` for what needs the host or the compiler while it runs, `not-deterministic` for a
+    wall-clock deadline, or where this machine's calls do not keep a row's bits.
+    """
+    _refuse(compiled)
+    fingerprint = attach(model)
+    source = compiled.program.source.text or print_plan(compiled.program)
+    decoder = model.decoder
+    shape = decoder.config
+    if deterministic and decoder.packed:
+        decoder.fixed_shapes()
+    try:
+        found, names, tables = plan_of(fingerprint, source, compiled.graph.main)
+    except TooManyNodes as error:
+        main = compiled.graph.plans[compiled.graph.main]
+        raise PlanError(
+            Diagnostic("not-in-graph", f"the plan has {error}", main.span, help="call fewer plans from plans"),
+            compiled.program.source,
+        ) from None
+    slot_values = shape.num_kv_heads * shape.head_dim
+    if pages is None:
+        pages = max(64, pool_bytes // (2 * shape.num_layers * slot_values * page_size * decoder.dtype.itemsize))
+    pool: tuple[int, ...] = (shape.num_layers, shape.num_kv_heads, pages * page_size, shape.head_dim)
+    if not decoder.packed:
+        pool = (shape.num_layers, pages, shape.num_kv_heads, page_size, shape.head_dim)
+    options = GraphOptions(
+        model=fingerprint, num_logits=decoder.num_logits, end_tokens=tuple(sorted(model.tokenizer.eos_ids)),
+        deterministic=deterministic, lanes=lanes, chunk=chunk, pages=pages, page_size=page_size, pool_shape=pool,
+        dtype=decoder.dtype, logits_dtype=decoder.dtype if decoder.packed else torch.float32, device=decoder.device,
+        lane_ints=LANE_INTS, most_drawn=found.bounds_on(Machine(lanes, pages, page_size, chunk)).total_tokens,
+        forced=forced, source_name=compiled.program.source.name,
+    )  # fmt: skip
+    return emit(found, names, lambda node: tables[id(node)], options)
+
+
+def _refuse(compiled: Compiled) -> None:
+    """Raises PlanError for what a graph cannot hold."""
+    found: list[Diagnostic] = []
+    for name, plan in compiled.graph.plans.items():
+        for region, place in walk(plan.region):
+            node = region.nodes[place]
+            reason = _reason(name, node)
+            if reason is not None:
+                what, help = reason
+                found.append(Diagnostic("not-in-graph", what, node.span, help=help))
+            for span, function in _calls(node):
+                found.append(
+                    Diagnostic(
+                        "not-in-graph",
+                        f"`{function}` is a function of the host, which a graph does not call",
+                        span,
+                        help="run the plan with the engine, or give the graph what it would say as an input",
+                    )
+                )
+    if found:
+        raise PlanError(found, compiled.program.source)
+
+
+def _reason(plan: str, node: Node) -> tuple[str, str] | None:
+    """Why a statement cannot be in a graph, and what to do."""
+    engine = "run the plan with the engine"
+    match node:
+        case Expand():
+            return "`expand` compiles what the model writes while the plan runs, and a graph is whole before", engine
+        case Call(plan=called) if called == plan:
+            return (
+                f"`{plan}` calls itself, and how deep depends on what it reads",
+                f"{engine}, or write the levels as plans of their own",
+            )
+        case _:
+            return None
+
+
+def _calls(part: object) -> Iterator[tuple[Span, str]]:
+    """The calls of host functions in a node's expressions, those of its regions left out."""
+    if isinstance(part, Region):
+        return
+    if isinstance(part, Apply) and part.function not in (*BUILTINS, "ids"):
+        yield part.span, part.function
+    if isinstance(part, tuple | list):
+        for item in part:
+            yield from _calls(item)
+    elif isinstance(part, Mapping):
+        for item in part.values():
+            yield from _calls(item)
+    elif is_dataclass(part):
+        for each in fields(part):
+            yield from _calls(getattr(part, each.name))
