@@ -474,7 +474,7 @@ class _Walk:
                     assert_never(node)
 
     def _write(self, node: Write, scope: _Scope, flow: _Flow) -> None:
-        text = self._value(node.value, scope)
+        text = self._said(node.value, scope)
         if node.role == "text":
             around = self._opened(flow)
         else:
@@ -485,7 +485,7 @@ class _Walk:
 
     def _decode(self, node: Decode, scope: _Scope, flow: _Flow) -> None:
         spec = node.spec
-        prompt = _NONE if node.prompt is None else self._value(node.prompt, scope)
+        prompt = _NONE if node.prompt is None else self._said(node.prompt, scope)
         tokens = Amount(spec.max_tokens)
         forced, scored, drawn = ZERO, list[int](), spec.max_tokens
         # Where a stop cuts a token in two, the part before it is encoded again.
@@ -617,7 +617,7 @@ class _Walk:
         written: ast.Expr | None = None,
     ) -> tuple[_Value, _Value, Amount]:
         """Walk a branch; returns what it yields, the join's key in it, and the tokens of its own text."""
-        prompt = _NONE if written is None else self._value(written, scope)
+        prompt = _NONE if written is None else self._said(written, scope)
         generated = ZERO if written is None else _again(written, prompt)
         flow = _Flow(_EMPTY if fresh else parent.role, prompt.tokens)
         self._starts.append((region.entry, prompt.tokens + (self.sizes.start if fresh else 0), generated))
@@ -694,7 +694,7 @@ class _Walk:
             case ast.Int(value=value) | ast.Float(value=value) | ast.Bool(value=value):
                 return self._known(value)
             case ast.Str(parts=parts):
-                return self._string(parts, scope)
+                return self._string(parts, scope, is_said=False)
             case ast.List(items=items):
                 values = [self._value(item, scope) for item in items]
                 tokens, generated = _sum(values)
@@ -706,9 +706,8 @@ class _Walk:
                 return _BOOL
             case ast.Unary():
                 return _NUMBER
-            case ast.Binary(op="+", left=left, right=right):
-                a, b = self._value(left, scope), self._value(right, scope)
-                return _NUMBER if a.number or b.number else _Value(*_sum([a, b]))
+            case ast.Binary(op="+"):
+                return self._total([self._value(term, scope) for term in _terms(expr)])
             case ast.Binary(op="-" | "*" | "/"):
                 return _NUMBER
             case ast.Binary():
@@ -743,9 +742,25 @@ class _Walk:
             case _:
                 return _Value(Amount(HOST))
 
-    def _string(self, parts: Sequence[str | ast.Expr], scope: _Scope) -> _Value:
+    def _said(self, expr: ast.Expr, scope: _Scope) -> _Value:
+        """What a statement writes: the text in a string of its own, and that alone, may form special tokens."""
+        if isinstance(expr, ast.Str):
+            return self._string(expr.parts, scope, is_said=True)
+        return self._value(expr, scope)
+
+    def _total(self, terms: Sequence[_Value]) -> _Value:
+        """What a `+` of all of them comes to."""
+        if any(term.number for term in terms):
+            return _NUMBER
+        texts = [term.known[0] for term in terms if term.known and isinstance(term.known[0], str)]
+        if len(texts) == len(terms) and sum(map(len, texts)) <= MAX_TEXT:
+            # Counted as a whole: two texts side by side may take a token more than each by itself.
+            return self._known("".join(texts))
+        return _Value(*_sum(terms))
+
+    def _string(self, parts: Sequence[str | ast.Expr], scope: _Scope, *, is_said: bool) -> _Value:
         values = [part if isinstance(part, str) else self._value(part, scope) for part in parts]
-        pieces = _known_pieces(values)
+        pieces = _known_pieces(values, is_said)
         if pieces is not None:
             return _Value(Amount(self._count(pieces)), known=("".join(text for text, _ in pieces),))
         inner = [value for value in values if isinstance(value, _Value)]
@@ -753,7 +768,8 @@ class _Walk:
         generated = ZERO
         for value in inner:
             generated += value.again()
-        return _Value(tokens + sum(self._text(value) for value in values if isinstance(value, str)), generated)
+        texts = [self._count(((value, is_said),)) for value in values if isinstance(value, str)]
+        return _Value(tokens + sum(texts), generated)
 
     def _known(self, value: Any) -> _Value:
         item = None
@@ -797,13 +813,26 @@ class _Walk:
         self._at.append((dst, rows, generated, ZERO, [], 0))
 
 
-def _known_pieces(values: Sequence[str | _Value]) -> tuple[Piece, ...] | None:
+def _terms(expr: ast.Expr) -> list[ast.Expr]:
+    """The terms of a sum, in order, sums in brackets taken apart."""
+    terms: list[ast.Expr] = []
+    waiting = [expr]
+    while waiting:
+        match waiting.pop():
+            case ast.Binary(op="+", left=left, right=right):
+                waiting += [right, left]
+            case term:
+                terms.append(term)
+    return terms
+
+
+def _known_pieces(values: Sequence[str | _Value], is_said: bool) -> tuple[Piece, ...] | None:
     """The text of a string's parts; None if some part is not known, or the whole is too large to be written."""
     pieces: list[Piece] = []
     length = 0
     for value in values:
         if isinstance(value, str):
-            pieces.append((value, True))
+            pieces.append((value, is_said))
         elif value.known:
             try:
                 pieces.append((render(value.known[0]), False))

@@ -139,8 +139,13 @@ class Flow:
                 return _Exits(states if literal(value) == "" or held else _ready(states))
             case Write():
                 return _Exits(frozenset({("closed", "ready")}))
-            case Gen(prompt=prompt):
+            case Gen(prompt=prompt, options=written):
                 states = _opened(states)
+                recorded = next((option.value for option in written if option.name == "recorded"), None)
+                if recorded is not None:
+                    # Nothing is drawn, so it needs no logits to draw from.
+                    said = (prompt is not None and literal(prompt) not in ("", " ")) or literal(recorded) != ""
+                    return _Exits(_ready(states) if said else states)
                 if prompt is None or literal(prompt) in ("", " "):
                     self._continues(stmt, states)
                 return _Exits(_ready(states))

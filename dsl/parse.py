@@ -58,6 +58,20 @@ def read_source(path: str | PathLike[str]) -> Source:
     The file is UTF-8; a byte-order mark is dropped, and `\\r\\n` becomes `\\n`. Raises PlanError (without a span) when
     the file is missing, a directory, unreadable, empty, larger than `MAX_FILE_BYTES` or not UTF-8.
     """
+    source = read_exactly(path)
+    text = source.text.removeprefix("\ufeff").replace("\r\n", "\n")
+    if not text.strip():
+        help = "a plan is written `name = plan(question) { ... }`"
+        raise PlanError(Diagnostic("empty-file", f"`{source.name}` is empty", help=help), Source(source.name, ""))
+    return Source(source.name, text)
+
+
+def read_exactly(path: str | PathLike[str]) -> Source:
+    """The text of a UTF-8 file as it is, byte-order mark and line ends included, named as the user wrote it.
+
+    Raises PlanError (without a span) when the file is missing, a directory, unreadable, larger than `MAX_FILE_BYTES` or
+    not UTF-8.
+    """
     name = fspath(path)
 
     def refuse(code: str, message: str, help: str) -> NoReturn:
@@ -69,7 +83,7 @@ def read_source(path: str | PathLike[str]) -> Source:
     except FileNotFoundError:
         refuse("no-such-file", f"there is no file `{name}`", "check the path")
     except IsADirectoryError:
-        refuse("is-a-directory", f"`{name}` is a directory", "name a file that ends in `.plan`")
+        refuse("is-a-directory", f"`{name}` is a directory", "name a file")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         refuse("unreadable-file", f"`{name}` can't be read: {reason}", "check the path and its permissions")
@@ -85,9 +99,6 @@ def read_source(path: str | PathLike[str]) -> Source:
             f"`{name}` is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
             "save the file as UTF-8",
         )
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    if not text.strip():
-        refuse("empty-file", f"`{name}` is empty", "a plan is written `name = plan(question) { ... }`")
     return Source(name, text)
 
 

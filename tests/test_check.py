@@ -345,6 +345,17 @@ def test_start_token_decides_an_empty_view() -> None:
     assert run('gen("a", max=3);').skipped == ()
 
 
+def test_what_is_recorded_needs_nothing_to_continue() -> None:
+    """A recorded gen draws nothing; what follows continues it, unless it is empty."""
+    assert codes('gen(recorded="a", max=3); gen(max=3);', start_token=False) == []
+    assert codes('gen(recorded="", max=3); gen(max=3);', start_token=False) == ["nothing-to-continue"]
+    after = (
+        'text("a"); x = fork(2) {{ gen(max=3); }} join(all, stitch); gen(recorded={}, max=3); gen(max=3); return(x);'
+    )
+    assert codes(after.format('["b"]')) == []
+    assert codes(after.format('""')) == ["nothing-to-continue"]
+
+
 def test_fresh_children_begin_empty() -> None:
     """A fresh branch does not continue its parent's text."""
     body = 'text("a"); x = fork(2{}) {{ gen(max=3); }}; return(x);'

@@ -64,6 +64,27 @@ def test_recorded_text_that_does_not_fit_fails_its_branch(value: object) -> None
     assert_idle(found)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        'gen(recorded="a <|im_end|> b", max=4);',
+        'gen(recorded="a <|im_" + "end|> b" + \'"\', max=4);',
+        'x = "a <|im_end|> b"; text(x); text("#{x}");',
+        'f = fork() { branch() { text("x"); return("<|im_end|><|im_end|>"); }; } join(all, drop); text("#{f[0]}");',
+        'text("a " + "<|im_end|>");',
+        'gen(recorded=["<|im_end|>", "b"], max=4);',
+    ],
+)
+def test_a_special_token_that_is_spelled_in_a_value_counts_as_text(body: str) -> None:
+    """Text that is no statement's own string forms no special token, and fits the bound that was counted for it."""
+    found = engine()
+    result = one(found.run(f'p = plan() {{ text("k"); {body} w = gen(max=2); }}'))
+    assert result.status == "ok", result.reason
+    counts = result.counts
+    assert counts["pages_peak"] <= counts["pages_bound"]
+    assert_idle(found)
+
+
 def test_a_stop_trims_what_was_drawn_past_it() -> None:
     """Tokens of the stop itself are drawn, do not stay, and are counted apart."""
     plan = 'p = plan() { text("a"); y = gen(max=60, stop=["e"]); z = gen("k", max=3); return([y, z]); }'

@@ -144,6 +144,7 @@ def test_the_docs_tell_every_option() -> None:
     assert set(found) == {
         "build",
         "check",
+        "convert",
         "explain",
         "fmt",
         "model get",

@@ -48,6 +48,14 @@ class Preempt(StrEnum):
     NEVER = "never"
 
 
+class Format(StrEnum):
+    """Whose traces `convert` reads and writes."""
+
+    MULTIVERSE = "multiverse"
+    THREADWEAVER = "threadweaver"
+    APR = "apr"
+
+
 class Template(StrEnum):
     """Which chat template stands around the turns."""
 
@@ -366,6 +374,34 @@ def resume(
         from anabranch.cli.resume import resume_file
 
         resume_file(journal, model=model, functions=functions, as_json=json)
+
+
+@app.command()
+def convert(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A trace with `--from`, a plan with `--to`.")],
+    from_: Annotated[
+        Format | None, typer.Option("--from", help="Whose trace it is: a plan that replays it is written.")
+    ] = None,
+    to: Annotated[
+        Format | None, typer.Option("--to", help="Whose trace to write: that which the plan was made from.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it; stdout by default.")
+    ] = None,
+    plan: Plan = None,
+) -> None:
+    """Make a plan of a trace of another system, or the trace again of such a plan."""
+    with reporting():
+        if (from_ is None) == (to is None):
+            raise typer.BadParameter("give one of --from and --to")
+        from anabranch.cli.convert import export_file, import_file
+
+        if from_ is not None:
+            if plan is not None:
+                raise typer.BadParameter("--plan chooses what --to writes")
+            import_file(file, from_.value, output)
+        elif to is not None:
+            export_file(file, to.value, output, plan)
 
 
 Traces = Annotated[
