@@ -67,7 +67,7 @@ class Tables(Protocol):
 class GraphOptions:
     """What a graph is made for.
 
-    model: the fingerprint that its ops know the model by; num_logits: tokens that may be drawn; end_tokens: those that
+    model: the name that its ops know the model by; num_logits: tokens that may be drawn; end_tokens: those that
         end a turn
     deterministic: whether the model's steps are made of calls of fixed sizes
     lanes: branches of a region that run together; chunk: most rows that are prefilled in one step
@@ -206,13 +206,31 @@ class _Emitter:
         self._tables = tables
         self._options = options
         self._main = next(iter(names.regions))
+        self._bases: dict[str, str] = {}
+        # `self` is what generated code calls the module.
+        taken = {"self"}
+        for name in names.nodes:
+            plain = base = self._readable(name)
+            number = 0
+            while base in taken:
+                number += 1
+                base = f"{plain}_{number}"
+            taken.add(base)
+            self._bases[name] = base
 
     def emit(self) -> fx.GraphModule:
         options = self._options
         scope = _Scope(None)
         inputs = scope.graph.placeholder("inputs")
         program = self._compiled.program
-        told = json.dumps({"source": program.source.text, "name": self._compiled.graph.main})
+        told = json.dumps(
+            {
+                "file": options.source_name,
+                "source": program.source.text,
+                "name": self._compiled.graph.main,
+                "forced": options.forced,
+            }
+        )
         scope.buffer("plan", torch.frombuffer(bytearray(told.encode("utf-8", "surrogatepass")), dtype=torch.uint8))
         scope.buffer("end_tokens", torch.tensor(options.end_tokens, dtype=torch.int64, device=options.device))
         rows, traced = self._sizes()
@@ -265,7 +283,7 @@ class _Emitter:
 
                 self._while(scope, base, "looping", name, round_of)
             case Decode():
-                scope.op("begin_node", state, name, name=base)
+                scope.op("begin_gen", state, name, name=base)
                 if node.spec.recorded is None:
                     self._prefill(scope, base, name)
                     if draws(node):
@@ -273,11 +291,11 @@ class _Emitter:
                     elif isinstance(node.spec.type, ChoiceType):
                         self._while(scope, f"{base}_options", "scoring", name, partial(self._score, name))
             case Fork() | Map() | Call():
-                scope.op("begin_node", state, name, name=base)
+                scope.op("fork", state, name, name=base)
                 self._prefill(scope, base, name)
                 self._branches(scope, name, node, base)
             case Reduce():
-                scope.op("begin_node", state, name, name=base)
+                scope.op("fork", state, name, name=base)
                 self._prefill(scope, base, name)
                 self._while(scope, f"{base}_levels", "forking", name, lambda s: self._branches(s, name, node, base))
             case _:
@@ -595,7 +613,11 @@ class _Emitter:
         return False
 
     def _base(self, name: str) -> str:
-        """A name that nodes of the graph may have."""
+        """What the names of all that comes of a node begin with, which no two nodes share; of a region, as it is."""
+        return self._bases.get(name) or self._readable(name)
+
+    def _readable(self, name: str) -> str:
+        """A name that nodes of the graph may have. Two parts of a plan may come to the same: `a_x`, and `x` in `a`."""
         own = name.removeprefix(self._main).lstrip("./") or name
         return re.sub(r"\W+", "_", own).strip("_")
 

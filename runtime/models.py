@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from anabranch.compiler.pipeline import Compiled
 from anabranch.dsl.diagnostics import Diagnostic, PlanError, did_you_mean
 from anabranch.runtime import smollm2
 from anabranch.runtime.chat import Chat, RawChat, read_chat
@@ -23,6 +22,9 @@ from anabranch.runtime.model import Decoder, DecoderLike
 from anabranch.runtime.random_model import random_config, random_weights
 from anabranch.runtime.tokenizer import Tokenizer, byte_tokenizer
 from anabranch.runtime.weights import GgufFile, SafetensorsFolder
+
+if TYPE_CHECKING:
+    from anabranch.compiler.pipeline import Compiled
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("model*.safetensors", "model.safetensors.index.json", "*config.json", "tokenizer.json", "*.jinja")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-
 import torch
 from torch.fx import GraphModule
 
 from anabranch.compiler.emit_fx import GraphOptions, emit
-from anabranch.compiler.graph import Call, Expand, Node, Region, walk
+from anabranch.compiler.graph import Call, Expand, Node, walk
 from anabranch.compiler.pipeline import Compiled
 from anabranch.compiler.regions import TooManyNodes
 from anabranch.compiler.scheduler import Machine
-from anabranch.dsl.ast import Apply
-from anabranch.dsl.check_expr import BUILTINS
-from anabranch.dsl.diagnostics import Diagnostic, PlanError, Span
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, Source
 from anabranch.dsl.printer import print_plan
 from anabranch.runtime.models import LoadedModel
-from anabranch.runtime.plan_ops import attach, plan_of
+from anabranch.runtime.plan_ops import attach, host_calls, plan_of
 from anabranch.runtime.plan_run import LANE_INTS
 
 
@@ -44,14 +39,15 @@ def plan_graph(
     wall-clock deadline, or where this machine's calls do not keep a row's bits.
     """
     _refuse(compiled)
-    fingerprint = attach(model)
-    source = compiled.program.source.text or print_plan(compiled.program)
+    key = attach(model)
+    given = compiled.program.source
+    source = Source(given.name, given.text or print_plan(compiled.program))
     decoder = model.decoder
     shape = decoder.config
     if deterministic and decoder.packed:
         decoder.fixed_shapes()
     try:
-        found, names, tables = plan_of(fingerprint, source, compiled.graph.main)
+        found, names, tables = plan_of(key, source, compiled.graph.main)
     except TooManyNodes as error:
         main = compiled.graph.plans[compiled.graph.main]
         raise PlanError(
@@ -65,7 +61,7 @@ def plan_graph(
     if not decoder.packed:
         pool = (shape.num_layers, pages, shape.num_kv_heads, page_size, shape.head_dim)
     options = GraphOptions(
-        model=fingerprint, num_logits=decoder.num_logits, end_tokens=tuple(sorted(model.tokenizer.eos_ids)),
+        model=key, num_logits=decoder.num_logits, end_tokens=tuple(sorted(model.tokenizer.eos_ids)),
         deterministic=deterministic, lanes=lanes, chunk=chunk, pages=pages, page_size=page_size, pool_shape=pool,
         dtype=decoder.dtype, logits_dtype=decoder.dtype if decoder.packed else torch.float32, device=decoder.device,
         lane_ints=LANE_INTS, most_drawn=found.bounds_on(Machine(lanes, pages, page_size, chunk)).total_tokens,
@@ -84,7 +80,7 @@ def _refuse(compiled: Compiled) -> None:
             if reason is not None:
                 what, help = reason
                 found.append(Diagnostic("not-in-graph", what, node.span, help=help))
-            for span, function in _calls(node):
+            for span, function in host_calls(node):
                 found.append(
                     Diagnostic(
                         "not-in-graph",
@@ -110,20 +106,3 @@ def _reason(plan: str, node: Node) -> tuple[str, str] | None:
             )
         case _:
             return None
-
-
-def _calls(part: object) -> Iterator[tuple[Span, str]]:
-    """The calls of host functions in a node's expressions, those of its regions left out."""
-    if isinstance(part, Region):
-        return
-    if isinstance(part, Apply) and part.function not in (*BUILTINS, "ids"):
-        yield part.span, part.function
-    if isinstance(part, tuple | list):
-        for item in part:
-            yield from _calls(item)
-    elif isinstance(part, Mapping):
-        for item in part.values():
-            yield from _calls(item)
-    elif is_dataclass(part):
-        for each in fields(part):
-            yield from _calls(getattr(part, each.name))

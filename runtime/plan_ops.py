@@ -1,11 +1,11 @@
 """The ops of a plan graph: what its nodes call, besides torch's own.
 
     run      begin  finish
-    text     write  assign  split  merge  enter_loop  looping  until  begin_node
+    text     write  assign  split  merge  enter_loop  looping  until
     feeding  unfed  take  step  keep  fed
-    drawing  open_lanes  draw  close_lanes
+    drawing  begin_gen  open_lanes  draw  close_lanes
     choices  scoring  take_option  scored
-    forks    forking  pending  admit  end  retire  join
+    forks    fork  forking  pending  admit  end  retire  join
 
 All but `step`, `keep` and `draw` are host work on text, or on who is where. `state` is a handle, int64 [1]: what the
 threads of the run have read and written stands beside it on the host, as of torch's script objects, and ops that change
@@ -14,29 +14,35 @@ that say that they write to it. KV pools and logits are tensors of the graph, an
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.compiler.graph import Decode, walk
+from anabranch.compiler.graph import Decode, Region, walk
 from anabranch.compiler.pipeline import Compiled, compile_plan, draws, holds_space
 from anabranch.compiler.regions import Names, name_parts
 from anabranch.compiler.scheduler import Machine
-from anabranch.dsl.diagnostics import Diagnostic, PlanError
+from anabranch.dsl.ast import Apply
+from anabranch.dsl.check_expr import BUILTINS
+from anabranch.dsl.diagnostics import Diagnostic, PlanError, Source, Span
 from anabranch.dsl.options import show_type
-from anabranch.dsl.parse import parse_text
+from anabranch.dsl.parse import parse
 from anabranch.dsl.spec import Value
 from anabranch.dsl.target import Target
+from anabranch.dsl.values import EvaluationError, checked
 from anabranch.kernels.sample import draw as draw_on_host
 from anabranch.kernels.sample import logprob, unpack_mask
 from anabranch.kernels.sample_device import sample
+from anabranch.runtime.chat import Role
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.engine import RunResult
 from anabranch.runtime.events import BranchEnded, BranchStarted, Event, GenEnded, Joined, LogitsRow, Path, RunEnded
@@ -47,7 +53,7 @@ from anabranch.runtime.plan_tables import GenTables, HostPaced, gen_tables
 
 PACKED_DIMS = 4
 """Of the pools of the CPU's own step, [layer, head, slot, dim]; the kernels' are [layer, page, head, slot, dim]."""
-MOST_RUNS = 64
+MOST_RUNS = 256
 """Runs that are kept open at once: one that an error cut short is let go when so many newer ones have begun."""
 
 
@@ -58,22 +64,26 @@ class _Attached:
     model: LoadedModel
     constraints: Constraints
     hosts: dict[bool, Host] = field(default_factory=dict)
-    plans: dict[tuple[str, str], tuple[Compiled, Names, dict[int, GenTables]]] = field(default_factory=dict)
+    plans: dict[tuple[str, str, str], tuple[Compiled, Names, dict[int, GenTables]]] = field(default_factory=dict)
 
     def host(self, deterministic: bool) -> Host:
         if deterministic not in self.hosts:
             self.hosts[deterministic] = Host(self.model, self.constraints, deterministic=deterministic)
         return self.hosts[deterministic]
 
-    def plan(self, source: str, name: str) -> tuple[Compiled, Names, dict[int, GenTables]]:
+    def plan(self, source: Source, name: str) -> tuple[Compiled, Names, dict[int, GenTables]]:
         """A plan, compiled, with its names and the tables of its gens by the identity of their nodes."""
-        if (source, name) not in self.plans:
+        key = source.name, source.text, name
+        if key not in self.plans:
             start_token = self.model.tokenizer.bos_id is not None
             target = Target(self.model.name, deterministic=True)
-            compiled = compile_plan(parse_text(source), name, target=target, start_token=start_token)
+            program = parse(source)
+            # They may be called where passes have found that nobody comes.
+            functions = sorted({function for _, function in host_calls(program)})
+            compiled = compile_plan(program, name, functions=functions, target=target, start_token=start_token)
             names = name_parts(compiled.graph)
-            self.plans[source, name] = compiled, names, tables_of(compiled, self.constraints, self.model)
-        return self.plans[source, name]
+            self.plans[key] = compiled, names, tables_of(compiled, self.constraints, self.model)
+        return self.plans[key]
 
 
 _MODELS: dict[str, _Attached] = {}
@@ -82,19 +92,49 @@ _numbers = itertools.count(1)
 
 
 def attach(model: LoadedModel) -> str:
-    """Make a model known to the graphs that were made for it, loaded ones too; returns its fingerprint."""
-    known = _MODELS.get(model.fingerprint)
+    """Make a model known to the graphs that were made for it, loaded ones too; returns the name that they have for it.
+
+    Of one name are models of the same weights, dtype, kind of device, way to attend, and chat template.
+    """
+    decoder, chat = model.decoder, model.chat
+    roles: tuple[Role, ...] = ("user", "system", "assistant")
+    pieces = [
+        chat.turn(role, [("#", False)], first=first, open=is_open)
+        for role in roles
+        for first in (False, True)
+        for is_open in (False, True)
+    ]
+    told = (str(decoder.dtype), decoder.device.type, decoder.packed, pieces, chat.open_assistant(first=False))
+    key = f"{model.fingerprint}-{hashlib.blake2b(repr(told).encode(), digest_size=4).hexdigest()}"
+    known = _MODELS.get(key)
     if known is None or known.model is not model:
-        _MODELS[model.fingerprint] = _Attached(model, Constraints(model.tokenizer))
-    return model.fingerprint
+        _MODELS[key] = _Attached(model, Constraints(model.tokenizer))
+    return key
 
 
-def plan_of(fingerprint: str, source: str, name: str) -> tuple[Compiled, Names, dict[int, GenTables]]:
-    """A plan compiled for an attached model, with the names of its parts and the tables of its gens.
+def plan_of(key: str, source: Source, name: str) -> tuple[Compiled, Names, dict[int, GenTables]]:
+    """A plan compiled for the attached model `key`, with the names of its parts and the tables of its gens.
 
     Raises PlanError, and TooManyNodes.
     """
-    return _MODELS[fingerprint].plan(source, name)
+    return _MODELS[key].plan(source, name)
+
+
+def host_calls(part: object) -> Iterator[tuple[Span, str]]:
+    """The calls of host functions in a node's expressions, those of its regions left out, or in a whole program."""
+    if isinstance(part, Region):
+        return
+    if isinstance(part, Apply) and part.function not in (*BUILTINS, "ids"):
+        yield part.span, part.function
+    if isinstance(part, tuple | list):
+        for item in part:
+            yield from host_calls(item)
+    elif isinstance(part, Mapping):
+        for item in part.values():
+            yield from host_calls(item)
+    elif is_dataclass(part):
+        for each in fields(part):
+            yield from host_calls(getattr(part, each.name))
 
 
 def tables_of(compiled: Compiled, constraints: Constraints, model: LoadedModel) -> dict[int, GenTables]:
@@ -126,8 +166,21 @@ def tables_of(compiled: Compiled, constraints: Constraints, model: LoadedModel) 
 
 
 def state_op(name: str, *, writes: Sequence[str] = ("state",)) -> Callable[[Callable[..., Any]], Any]:
-    """Register `anabranch::name`, which writes to what `writes` names."""
-    return torch.library.custom_op(f"anabranch::{name}", mutates_args=tuple(writes))
+    """Register `anabranch::name`, which writes to what `writes` names. A run that breaks in it is let go."""
+
+    def register(fn: Callable[..., Any]) -> Any:
+        @wraps(fn)
+        def guarded(*args: Any, **options: Any) -> Any:
+            try:
+                return fn(*args, **options)
+            except BaseException:
+                if args and isinstance(args[0], Tensor) and args[0].shape == (1,):
+                    _RUNS.pop(int(args[0]), None)
+                raise
+
+        return torch.library.custom_op(f"anabranch::{name}", mutates_args=tuple(writes))(guarded)
+
+    return register
 
 
 def fake_of(op: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -143,23 +196,31 @@ def fake_of(op: Any) -> Callable[[Callable[..., Any]], Any]:
 def begin(
     plan: Tensor, inputs: Tensor, model: str, deterministic: bool, pages: int, page_size: int, logit_rows: int
 ) -> Tensor:
-    """plan, inputs: uint8, JSON: {source, name}, and {inputs, seed, input_index, forced}; returns the handle"""
+    """A run begins; returns its handle.
+
+    plan: uint8, JSON: {file, source, name, forced}; inputs: uint8, as `pack_inputs` gives them
+    """
     attached = _MODELS.get(model)
     if attached is None:
-        raise ValueError(f"no model of the fingerprint {model} is attached: call `attach(anabranch.load(...))` first")
-    told, given = _json(plan), _json(inputs)
+        raise ValueError(f"no model {model} is attached: call `attach(anabranch.load(...))` with that model first")
+    told, given = _json(plan), _given(inputs)
     host = attached.host(deterministic)
-    compiled, names, tables = attached.plan(told["source"], told["name"])
+    compiled, names, tables = attached.plan(Source(told["file"], told["source"]), told["name"])
     compiled.check_inputs(given["inputs"], host.sizes)
     machine = Machine(host.config.lanes, pages, page_size, host.config.chunk)
     bounds = compiled.bounds_on(machine, host.sizes, given["inputs"])
     past = bounds.first_past(host.max_context)
     if past is not None:
         compiled.check_bounds(bounds, machine, host.max_context)
-    forced = {tuple(path): ids for path, ids in given.get("forced", [])}
+    forced = {tuple(path): ids for path, ids in given["forced"]}
+    if forced and not told["forced"]:
+        raise ValueError("tokens are forced on a graph that was made without `forced=True`")
+    vocab = host.model.decoder.num_logits
+    if wrong := [token for ids in forced.values() for token in ids if not 0 <= token < vocab]:
+        raise ValueError(f"the forced token {wrong[0]} is outside the vocabulary of {vocab}")
     run = PlanRun(
-        host, compiled, names, lambda node: tables[id(node)], bounds, given["inputs"], seed=given.get("seed", 0),
-        input_index=given.get("input_index", 0), forced=forced, pages=pages, page_size=page_size,
+        host, compiled, names, lambda node: tables[id(node)], bounds, given["inputs"], seed=given["seed"],
+        input_index=given["input_index"], forced=forced, pages=pages, page_size=page_size,
         logit_rows=logit_rows,
     )  # fmt: skip
     number = next(_numbers)
@@ -221,13 +282,18 @@ write, assign, merge, enter_loop, until, join, end, retire = map(
 )
 
 
-@state_op("begin_node")
-def begin_node(state: Tensor, node: str) -> None:
-    """Everybody in the region comes to a gen or a fork: what has to be fed waits for `take`."""
-    _run(state).begin(node)
+def _begins(name: str) -> Any:
+    """Register `anabranch::name(state, node)`: everybody in the region comes to a statement that has to wait."""
+
+    @state_op(name)
+    def op(state: Tensor, node: str) -> None:
+        _run(state).begin(node)
+
+    op.register_fake(lambda state, node: None)
+    return op
 
 
-begin_node.register_fake(lambda state, node: None)
+begin_gen, fork = map(_begins, ("begin_gen", "fork"))
 
 
 def _asks(name: str) -> Any:
@@ -411,7 +477,7 @@ def draw(
                 tokens[row] = tokens_of(slice(row, row + 1))
             except ValueError:
                 continue
-    logs = logprob(logits, tokens.clamp(min=0)) if wants_logprobs else torch.zeros(len(logits))
+    logs = logprob(logits, tokens.clamp(min=0)) if wants_logprobs else torch.zeros(len(logits), dtype=torch.float32)
     return tokens, logs
 
 
@@ -464,9 +530,14 @@ def pack_inputs(
 
     inputs, seed, input_index: as of `Engine.run`
     forced: tokens that threads, by their paths, take instead of drawing; of a graph that was made to be forced
+    Raises ValueError for what is no value of the language.
     """
+    try:
+        values = {name: checked(value, f"the input `{name}`") for name, value in inputs.items()}
+    except EvaluationError as error:
+        raise ValueError(error.reason) from None
     document = {
-        "inputs": dict(inputs), "seed": seed, "input_index": input_index,
+        "inputs": values, "seed": seed, "input_index": input_index,
         "forced": [[list(path), list(ids)] for path, ids in (forced or {}).items()],
     }  # fmt: skip
     return _bytes(document)
@@ -508,6 +579,17 @@ def _bytes(document: Any) -> Tensor:
 
 def _json(data: Tensor) -> Any:
     return json.loads(data.cpu().numpy().tobytes().decode("utf-8", "surrogatepass"))
+
+
+def _given(inputs: Tensor) -> Mapping[str, Any]:
+    """What `pack_inputs` packed. Raises ValueError for anything else."""
+    try:
+        given = _json(inputs) if inputs.dtype == torch.uint8 else None
+    except ValueError:
+        given = None
+    if not isinstance(given, dict) or given.keys() != {"inputs", "seed", "input_index", "forced"}:
+        raise ValueError("a plan graph is called with what `pack_inputs` gives")
+    return given
 
 
 def _ints(values: Sequence[Any], columns: int | None = None) -> Tensor:

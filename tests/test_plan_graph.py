@@ -26,6 +26,7 @@ from torch import fx
 
 import anabranch
 from anabranch.dsl.diagnostics import PlanError
+from anabranch.runtime import plan_ops
 from anabranch.runtime.engine import Engine, EngineConfig, RunResult
 from anabranch.runtime.events import BranchEnded, GenEnded, Joined
 from anabranch.runtime.events import Path as ThreadPath
@@ -55,11 +56,20 @@ def run_graph(graph: Any, inputs: Any, **options: Any) -> RunResult:
     return read_result(found) if isinstance(found, torch.Tensor) else read_result(*found)
 
 
+def tries_of(path: ThreadPath) -> ThreadPath:
+    """The path of a branch, whichever try of it `path` is."""
+    return (*path[:-1], path[-1].partition("~")[0])
+
+
 def told(result: RunResult, without: Sequence[ThreadPath] = ()) -> dict[ThreadPath, list[GenEnded | Joined]]:
     """What each thread drew and joined, but for those below `without`."""
     found: dict[ThreadPath, list[GenEnded | Joined]] = {}
+    left_out = {tries_of(path) for path in without}
     for event in result.events:
-        if isinstance(event, GenEnded | Joined) and not any(event.path[: len(path)] == path for path in without):
+        if not isinstance(event, GenEnded | Joined):
+            continue
+        # A branch that was cut off in one try may, in a graph, have another.
+        if not any(tries_of(event.path[:depth]) in left_out for depth in range(1, len(event.path) + 1)):
             found.setdefault(event.path, []).append(event)
     return found
 
@@ -83,12 +93,12 @@ def hold_equal(engine: RunResult, graph: RunResult) -> int:
     return len(compared)
 
 
-# What the host does with text in a graph, besides encoding what the plan's own text says.
-TEXT_WORK = ("assign", "split", "until", "join")
+# What the host does with values in a graph, besides writing and reading text.
+TEXT_WORK = ("assign", "split", "until")
 
 
 def text_work(graph: fx.GraphModule) -> set[str]:
-    """Which ops of a graph read generated text between two steps of the model."""
+    """Which ops of a graph evaluate expressions between two steps of the model."""
     called = {
         str(node.target).split(".")[1]
         for module in graph.modules()
@@ -123,7 +133,9 @@ def test_generated_plans_run_as_the_engine_runs_them(capsys: pytest.CaptureFixtu
         hold_against_reference(plan, result)
         seen["graphs"] += 1
         seen[f"status {result.status}"] += 1
-        seen["with text work"] += bool(text_work(graph))
+        seen["with expressions"] += bool(text_work(graph))
+        seen["with votes"] += any(word in plan.text for word in ("vote(", "quorum(", "best("))
+        seen["with interpolation"] += "#{" in plan.text
 
     hold()
     with capsys.disabled():
@@ -131,7 +143,7 @@ def test_generated_plans_run_as_the_engine_runs_them(capsys: pytest.CaptureFixtu
     assert seen["graphs"] >= GRAPHS
     assert seen["draws"] > 5 * GRAPHS
     assert seen["status failed"] > 0
-    assert seen["with text work"] > GRAPHS // 3
+    assert seen["with expressions"] > GRAPHS // 3
 
 
 EVERYTHING = """
@@ -243,6 +255,43 @@ def test_on_a_device_the_graph_steps_by_the_kernels(drawn: Plan, lanes: int) -> 
     assert told(result, cut) == told(expected, cut)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        """p = plan() {
+          a_x = gen("m ", type=choice("cat", "dog"), max=4);
+          a = fork(2) { x = gen("n ", type=int, max=4); return(x); };
+          return([a, a_x]);
+        }""",
+        """p = plan() {
+          a_x = gen("m ", stop=["a", "e"], max=9);
+          a = fork(2) { x = gen("n ", stop=["zq", "12"], max=14); return(x); };
+          return([a, a_x]);
+        }""",
+        """p = plan() {
+          self = gen("m ", type=int, max=3);
+          state = gen("n ", max=3, stop=["e"]);
+          return([self, state]);
+        }""",
+    ],
+)
+def test_names_that_read_alike_stay_apart(text: str) -> None:
+    """`a_x`, and `x` in a fork `a`, have tables of their own; a gen may have the name that code gives the module."""
+    plan = Plan.parse(text, {})
+    hold_equal(engine_run(plan, seed=2), run_graph(graph_of(plan, forced=True), {}, seed=2))
+
+
+def test_a_default_type_of_torch_changes_nothing() -> None:
+    """A program that computes in doubles may run a graph."""
+    graph = graph_of('p = plan() { x = gen("a", max=4, temperature=0); return(x); }')
+    expected = run_graph(graph, {}).value
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert run_graph(graph, {}).value == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 REFUSED = {
     "recursion": ("p = plan(q, depth=2) { if (len(q) > 2) { x = p(q); }; }", "`p` calls itself"),
     "json": ('p = plan() { x = gen("a", type=json(\'{"type": "object"}\'), max=20); }', "is paced by the host"),
@@ -312,9 +361,47 @@ def test_a_model_that_is_not_attached_is_named() -> None:
     begin = next(node for node in graph.graph.nodes if node.name == "state")
     begin.args = (*begin.args[:2], "feed", *begin.args[3:])
     graph.recompile()
-    with pytest.raises(ValueError, match="no model of the fingerprint feed"):
+    with pytest.raises(ValueError, match="no model feed is attached"):
         run_graph(graph, {})
-    assert attach(model()) == model().fingerprint
+    assert attach(model()).startswith(model().fingerprint)
+
+
+def test_a_graph_keeps_its_model() -> None:
+    """The same weights under another template, dtype or way to attend are another model."""
+    text = 'p = plan(q) { user("#{q}"); x = gen(max=5); return(x); }'
+    graph = graph_of(text)
+    before = run_graph(graph, {"q": "a"}).value
+    others = [anabranch.load("random", dtype=torch.float64, template="raw"), anabranch.load("random")]
+    raw, _ = (run_graph(graph_of(text, of=other), {"q": "a"}).value for other in others)
+    assert raw != before
+    assert run_graph(graph, {"q": "a"}).value == before
+    assert len({attach(found) for found in (model(), *others)}) == 3
+
+
+def test_what_is_no_input_is_told() -> None:
+    """Other tensors, values that are none, and tokens that cannot be forced; a run that breaks is let go."""
+    text = 'p = plan(q) { user("#{q}"); x = gen(max=5); return(x); }'
+    graph, forced = graph_of(text), graph_of(text, forced=True)
+    for wrong in (torch.zeros(0, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="pack_inputs"):
+            graph(wrong)
+    with pytest.raises(ValueError, match="the input `q`"):
+        pack_inputs({"q": object()})
+    with pytest.raises(ValueError, match="made without"):
+        run_graph(graph, {"q": "a"}, forced={(): [1]})
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        run_graph(forced, {"q": "a"}, forced={(): [1_000_000]})
+    few = graph_of('p = plan(q) { user("#{q}"); x = gen(max=90); return(x); }', pages=1)
+    with pytest.raises(PlanError, match="pool-too-small"):
+        run_graph(few, {"q": "a"})
+    assert not plan_ops._RUNS
+
+
+def test_an_error_names_the_plans_file() -> None:
+    """What is refused is shown in the file that it came from."""
+    source = replace(anabranch.read_source("examples/prove.plan"), name="prove.plan")
+    with pytest.raises(PlanError, match=r"prove\.plan:"):
+        anabranch.compile(source).to_fx(model())
 
 
 def test_the_page_shows_the_graph_as_it_is() -> None:
