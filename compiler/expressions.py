@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, assert_never
 
+from anabranch.compiler.graph import Region
 from anabranch.dsl import ast
+
+
+def calls_in(part: object) -> list[ast.Apply]:
+    """The calls in the expressions of a node, a plan or a program, in no order; those in a node's regions left out."""
+    found: list[ast.Apply] = []
+    waiting: list[Any] = [part]
+    while waiting:
+        record = waiting.pop()
+        if isinstance(record, ast.Apply):
+            found.append(record)
+        if isinstance(record, Mapping):
+            waiting.extend(record.values())
+        elif isinstance(record, tuple | list):
+            waiting.extend(record)
+        elif is_dataclass(record) and not isinstance(record, Region):
+            waiting.extend(getattr(record, one.name) for one in fields(record))
+    return found
 
 
 def children(expr: ast.Expr) -> tuple[ast.Expr, ...]:

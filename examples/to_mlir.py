@@ -23,6 +23,7 @@ def main(model: str, folder: Path) -> None:
     """Write `anabranch.irdl.mlir` and `vote.mlir` to `folder`, and compare a prefill with torch."""
     program = anabranch.parse(anabranch.read_source(Path(__file__).with_name("vote.plan")))
     text = mlir_of(program)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "anabranch.irdl.mlir").write_text(dialect_text(), encoding="utf-8")
     (folder / "vote.mlir").write_text(text, encoding="utf-8")
     schedule, origin = from_mlir(text)

@@ -55,6 +55,16 @@ def sample_torch(
     mask: Tensor | None, seen: Tensor | None, repetition: Tensor | None, presence: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition of `sample`: `draw`, and what that raises for as -1."""
+    tokens = draw_or_refuse(logits, temperature, top_k, top_p, min_p, keys, index, mask, seen, repetition, presence)
+    found = logprob(logits, tokens.clamp(min=0)) if len(logits) else logits.new_empty(0)
+    return tokens, torch.where(tokens < 0, float("nan"), found)
+
+
+def draw_or_refuse(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor, index: Tensor,
+    mask: Tensor | None, seen: Tensor | None, repetition: Tensor | None, presence: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The tokens of `sample`, by `draw` on a CPU; -1 for a row that it raises for. Arguments are those of `sample`."""
     n, vocab = logits.shape
     bits = () if seen is None else tuple(row.nonzero().squeeze(-1) for row in unpack_mask(seen, vocab))
 
@@ -76,8 +86,7 @@ def sample_torch(
                 tokens[row] = drawn(slice(row, row + 1))
             except ValueError:
                 continue
-    found = logprob(logits, tokens.clamp(min=0)) if n else logits.new_empty(0)
-    return tokens, torch.where(tokens < 0, float("nan"), found)
+    return tokens
 
 
 def _check_sample(

@@ -9,16 +9,15 @@ import shutil
 import uuid
 from collections.abc import Collection, Mapping
 from contextlib import closing, suppress
-from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from anabranch.compiler.graph import Graph
+from anabranch.compiler.expressions import calls_in
+from anabranch.compiler.graph import Graph, walk
 from anabranch.compiler.graph_json import to_json
 from anabranch.compiler.pipeline import Compiled
 from anabranch.compiler.typed_json import to_table
-from anabranch.dsl.ast import Apply
 from anabranch.dsl.diagnostics import Diagnostic, PlanError
 from anabranch.dsl.printer import print_plan
 from anabranch.kernels.aot_model import ModelShape, build_model_kernels
@@ -236,17 +235,9 @@ def _shape(config: ModelConfig, decoder: Decoder, parts: ModelParts) -> ModelSha
 def _called(graph: Graph) -> set[str]:
     """The functions that a graph's expressions call, the language's own among them."""
     found: set[str] = set()
-    waiting: list[Any] = [*graph.plans.values()]
-    while waiting:
-        record = waiting.pop()
-        if isinstance(record, Apply):
-            found.add(record.function)
-        if isinstance(record, Mapping):
-            waiting.extend(record.values())
-        elif isinstance(record, tuple):
-            waiting.extend(record)
-        elif is_dataclass(record):
-            waiting.extend(getattr(record, one.name) for one in fields(record))
+    for plan in graph.plans.values():
+        for region, place in walk(plan.region):
+            found.update(call.function for call in calls_in(region.nodes[place]))
     return found
 
 

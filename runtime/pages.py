@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.compiler import recording
@@ -466,11 +465,8 @@ class KvStore:
 
     def __init__(self, pool: PagePool, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         shape = (num_kv_heads, pool.num_pages * pool.page_size, head_dim)
-        # numpy's zeros come untouched from the operating system, page by page as they are first written; torch's are
-        # written at once, which costs a default pool 2 GiB and most of a second.
-        plain: np.dtype[Any] = np.dtype({torch.float32: "f4", torch.float64: "f8"}[dtype])
-        self.k: list[Tensor] = [torch.from_numpy(aligned_zeros(shape, plain)) for _ in range(num_layers)]
-        self.v: list[Tensor] = [torch.from_numpy(aligned_zeros(shape, plain)) for _ in range(num_layers)]
+        self.k: list[Tensor] = [aligned_zeros(shape, dtype) for _ in range(num_layers)]
+        self.v: list[Tensor] = [aligned_zeros(shape, dtype) for _ in range(num_layers)]
 
     @classmethod
     def over(cls, k: list[Tensor], v: list[Tensor]) -> KvStore:
@@ -499,9 +495,12 @@ ALIGNMENT = 64
 """Bytes. Memory of torch's own begins at multiples of it, and so does a store: where a key lies changes no bit then."""
 
 
-def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Zeros that begin at a multiple of `ALIGNMENT`, untouched until they are written."""
-    size = math.prod(shape) * dtype.itemsize
+def aligned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that begin at a multiple of `ALIGNMENT`, untouched until they are written. dtype: fp32 or fp64"""
+    # numpy's zeros come untouched from the operating system, page by page as they are first written; torch's are
+    # written at once, which costs a default pool 2 GiB and most of a second.
+    plain: np.dtype[Any] = np.dtype({torch.float32: "f4", torch.float64: "f8"}[dtype])
+    size = math.prod(shape) * plain.itemsize
     raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
-    return raw[first : first + size].view(dtype).reshape(shape)
+    return torch.from_numpy(raw[first : first + size].view(plain).reshape(shape))

@@ -9,9 +9,9 @@ from anabranch.compiler.emit_fx import GraphOptions, emit
 from anabranch.compiler.graph import Call, Expand, Node, walk
 from anabranch.compiler.pipeline import Compiled
 from anabranch.compiler.regions import TooManyNodes
-from anabranch.compiler.scheduler import Machine
 from anabranch.dsl.diagnostics import Diagnostic, PlanError, Source
 from anabranch.dsl.printer import print_plan
+from anabranch.runtime.engine import EngineConfig, machine_of
 from anabranch.runtime.models import LoadedModel
 from anabranch.runtime.plan_ops import attach, host_calls, plan_of
 from anabranch.runtime.plan_run import LANE_INTS
@@ -35,8 +35,8 @@ def plan_graph(
     pages, page_size: of the KV pools; None takes as many pages as `pool_bytes` holds
     deterministic: the bits of an engine that is `deterministic`; else those of one that is not, within rounding
     forced: tokens can be forced, and the graph gives (result, logits)
-    Raises PlanError: `not-in-graph` for what needs the host or the compiler while it runs, `not-deterministic` for a
-    wall-clock deadline, or where this machine's calls do not keep a row's bits.
+    Raises PlanError: `not-in-graph` for what needs the host or the compiler while it runs, `wall-clock` for a deadline,
+    `not-deterministic` where this machine's calls do not keep a row's bits.
     """
     _refuse(compiled)
     key = attach(model)
@@ -54,9 +54,9 @@ def plan_graph(
             Diagnostic("not-in-graph", f"the plan has {error}", main.span, help="call fewer plans from plans"),
             compiled.program.source,
         ) from None
-    slot_values = shape.num_kv_heads * shape.head_dim
-    if pages is None:
-        pages = max(64, pool_bytes // (2 * shape.num_layers * slot_values * page_size * decoder.dtype.itemsize))
+    config = EngineConfig(lanes=lanes, chunk=chunk, pages=pages, page_size=page_size, pool_bytes=pool_bytes)
+    machine = machine_of(decoder, config)
+    pages = machine.pages
     pool: tuple[int, ...] = (shape.num_layers, shape.num_kv_heads, pages * page_size, shape.head_dim)
     if not decoder.packed:
         pool = (shape.num_layers, pages, shape.num_kv_heads, page_size, shape.head_dim)
@@ -64,7 +64,7 @@ def plan_graph(
         model=key, num_logits=decoder.num_logits, end_tokens=tuple(sorted(model.tokenizer.eos_ids)),
         deterministic=deterministic, lanes=lanes, chunk=chunk, pages=pages, page_size=page_size, pool_shape=pool,
         dtype=decoder.dtype, logits_dtype=decoder.dtype if decoder.packed else torch.float32, device=decoder.device,
-        lane_ints=LANE_INTS, most_drawn=found.bounds_on(Machine(lanes, pages, page_size, chunk)).total_tokens,
+        lane_ints=LANE_INTS, most_drawn=found.bounds_on(machine).total_tokens,
         forced=forced, source_name=compiled.program.source.name,
     )  # fmt: skip
     return emit(found, names, lambda node: tables[id(node)], options)

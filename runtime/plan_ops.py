@@ -18,20 +18,20 @@ import hashlib
 import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import wraps
+from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.compiler.graph import Decode, Region, walk
+from anabranch.compiler.expressions import calls_in
+from anabranch.compiler.graph import Decode, walk
 from anabranch.compiler.pipeline import Compiled, compile_plan, draws, holds_space
 from anabranch.compiler.regions import Names, name_parts
 from anabranch.compiler.scheduler import Machine
-from anabranch.dsl.ast import Apply
 from anabranch.dsl.check_expr import BUILTINS
 from anabranch.dsl.diagnostics import Diagnostic, PlanError, Source, Span
 from anabranch.dsl.options import show_type
@@ -39,9 +39,8 @@ from anabranch.dsl.parse import parse
 from anabranch.dsl.spec import Value
 from anabranch.dsl.target import Target
 from anabranch.dsl.values import EvaluationError, checked
-from anabranch.kernels.sample import draw as draw_on_host
-from anabranch.kernels.sample import logprob, unpack_mask
-from anabranch.kernels.sample_device import sample
+from anabranch.kernels.sample import logprob
+from anabranch.kernels.sample_device import draw_or_refuse, sample
 from anabranch.runtime.chat import Role
 from anabranch.runtime.constrain import Constraints
 from anabranch.runtime.engine import RunResult
@@ -59,7 +58,7 @@ MOST_RUNS = 256
 
 @dataclass(slots=True)
 class _Attached:
-    """A model that graphs name by its fingerprint."""
+    """A model that graphs know by the name that `attach` gives."""
 
     model: LoadedModel
     constraints: Constraints
@@ -120,21 +119,9 @@ def plan_of(key: str, source: Source, name: str) -> tuple[Compiled, Names, dict[
     return _MODELS[key].plan(source, name)
 
 
-def host_calls(part: object) -> Iterator[tuple[Span, str]]:
+def host_calls(part: object) -> list[tuple[Span, str]]:
     """The calls of host functions in a node's expressions, those of its regions left out, or in a whole program."""
-    if isinstance(part, Region):
-        return
-    if isinstance(part, Apply) and part.function not in (*BUILTINS, "ids"):
-        yield part.span, part.function
-    if isinstance(part, tuple | list):
-        for item in part:
-            yield from host_calls(item)
-    elif isinstance(part, Mapping):
-        for item in part.values():
-            yield from host_calls(item)
-    elif is_dataclass(part):
-        for each in fields(part):
-            yield from host_calls(getattr(part, each.name))
+    return [(call.span, call.function) for call in calls_in(part) if call.function not in (*BUILTINS, "ids")]
 
 
 def tables_of(compiled: Compiled, constraints: Constraints, model: LoadedModel) -> dict[int, GenTables]:
@@ -169,12 +156,14 @@ def state_op(name: str, *, writes: Sequence[str] = ("state",)) -> Callable[[Call
     """Register `anabranch::name`, which writes to what `writes` names. A run that breaks in it is let go."""
 
     def register(fn: Callable[..., Any]) -> Any:
+        takes_state = next(iter(signature(fn).parameters)) == "state"
+
         @wraps(fn)
         def guarded(*args: Any, **options: Any) -> Any:
             try:
                 return fn(*args, **options)
             except BaseException:
-                if args and isinstance(args[0], Tensor) and args[0].shape == (1,):
+                if takes_state:
                     _RUNS.pop(int(args[0]), None)
                 raise
 
@@ -256,8 +245,7 @@ def allocate(shape: Sequence[int], dtype: str, device: str) -> Tensor:
     kind: torch.dtype = getattr(torch, dtype)
     if device != "cpu" or kind not in (torch.float32, torch.float64):
         return torch.zeros(tuple(shape), dtype=kind, device=device)
-    plain: np.dtype[Any] = np.dtype({torch.float32: "f4", torch.float64: "f8"}[kind])
-    return torch.from_numpy(aligned_zeros(tuple(shape), plain))
+    return aligned_zeros(tuple(shape), kind)
 
 
 allocate.register_fake(lambda shape, dtype, device: torch.empty(shape, dtype=getattr(torch, dtype), device=device))
@@ -457,26 +445,7 @@ def draw(
             logits, temperature, top_k, top_p, min_p, keys, index, mask, seen, repetition, presence
         )
         return drawn
-    bits = () if seen is None else tuple(row.nonzero().squeeze(-1) for row in unpack_mask(seen, logits.shape[1]))
-
-    def tokens_of(rows: slice) -> Tensor:
-        return draw_on_host(
-            logits[rows], temperature=temperature[rows], top_k=top_k[rows], top_p=top_p[rows], min_p=min_p[rows],
-            keys=keys[rows], index=index[rows], mask=None if mask is None else mask[rows],
-            repetition_penalty=None if repetition is None else repetition[rows],
-            presence_penalty=None if presence is None else presence[rows],
-            seen=bits[rows], drawn=bits[rows],
-        )  # fmt: skip
-
-    try:
-        tokens = tokens_of(slice(None))
-    except ValueError:
-        tokens = torch.full((len(logits),), -1, dtype=torch.int64)
-        for row in range(len(logits)):
-            try:
-                tokens[row] = tokens_of(slice(row, row + 1))
-            except ValueError:
-                continue
+    tokens = draw_or_refuse(logits, temperature, top_k, top_p, min_p, keys, index, mask, seen, repetition, presence)
     logs = logprob(logits, tokens.clamp(min=0)) if wants_logprobs else torch.zeros(len(logits), dtype=torch.float32)
     return tokens, logs
 

@@ -314,7 +314,6 @@ class PlanRun:
 
         def begun(thread: _Thread) -> None:
             thread.node_name = name
-            thread._enter(node.dst if not isinstance(node, graph.Let | graph.Need | graph.Return) else 0)
             match node:
                 case graph.Decode():
                     thread.resumed = thread._decode(node)
@@ -328,6 +327,7 @@ class PlanRun:
                     thread.resumed = thread._call(node)
                 case _:
                     raise TypeError(f"`{name}` waits for nothing")
+            thread._enter(node.dst)
             self._waiting[name].append(thread)
             self._resume(thread, None)
 
@@ -544,7 +544,7 @@ class PlanRun:
     def admit(self, region: str, lanes: int) -> None:
         """The next branches begin, at most `lanes` of them together."""
         waiting = self._regions[region].waiting
-        while waiting and len(self._inside(region)) < lanes:
+        while waiting and len(self._regions[region].inside) < lanes:
             self._start(waiting.popleft())
 
     def end(self, region: str) -> None:
